@@ -1,0 +1,17 @@
+//! The chunkserver: composes the log, the copysets and the chunk store into shards, and serves them.
+#![deny(unsafe_code)]
+
+#[allow(unsafe_code)]
+pub mod io;
+
+pub mod chunk;
+pub mod control;
+pub mod limits;
+pub mod mailbox;
+pub mod metrics;
+pub mod nbd;
+pub mod reactor;
+pub mod rpc;
+pub mod service;
+pub mod shard;
+pub mod volume;

@@ -1,0 +1,3 @@
+//! A shard: copysets, log and chunk store of one core.
+
+pub mod request;

@@ -1,0 +1,224 @@
+//! What a shard is asked and what it answers: plain values that can cross a mailbox.
+
+use bytes::Bytes;
+use raftlog::CopysetId;
+use smallvec::SmallVec;
+
+/// Where a reply goes; opaque to the shard. The reactor that made it resolves it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Origin {
+    /// Shard that asked (its reactor routes the reply); `u16::MAX` = the control thread.
+    pub shard: u16,
+    /// Slot of the asker's table of requests in flight.
+    pub slot: u32,
+    /// Guards against a reply to a slot that was reused.
+    pub serial: u32,
+}
+
+/// One CRC32C per 4 KiB block of a payload.
+pub type BlockCrcs = SmallVec<[u32; 4]>;
+
+/// An operation on one chunk. Offsets and lengths are bytes inside the chunk.
+#[derive(Clone, Debug)]
+pub enum ChunkOp {
+    /// Store `payload` (whole blocks, 4 KiB aligned memory) at `offset`.
+    Write {
+        /// Version of the volume.
+        sn: u64,
+        /// Byte offset.
+        offset: u32,
+        /// Data.
+        payload: Bytes,
+        /// CRC32C of each block of `payload`, computed when it entered.
+        crcs: BlockCrcs,
+    },
+    /// Read `len` bytes at `offset`.
+    Read {
+        /// Byte offset.
+        offset: u32,
+        /// Length.
+        len: u32,
+    },
+    /// Remove the chunk.
+    Delete {
+        /// Version guard.
+        sn: u64,
+    },
+    /// Make blocks read as zero again; an absent chunk stays absent.
+    Zero {
+        /// Byte offset.
+        offset: u32,
+        /// Length.
+        len: u32,
+    },
+    /// Versions of the chunk.
+    Info,
+    /// CRC32C over a range of the data.
+    Hash {
+        /// Byte offset.
+        offset: u32,
+        /// Length.
+        len: u32,
+    },
+}
+
+/// What copysets are asked apart from chunk operations.
+#[derive(Clone, Debug)]
+pub enum AdminOp {
+    /// Create a copyset with these voters (`ip:port:idx` as [`copyset`]'s peer ids); empty = passive.
+    CreateCopyset {
+        /// Voters.
+        peers: Vec<u64>,
+    },
+    /// State of one copyset.
+    CopysetStatus,
+    /// State of all copysets of this shard.
+    ListCopysets,
+    /// Destroy a copyset and free its chunks.
+    DeleteCopyset,
+    /// Counters that only the shard knows (pool, log, dirty data).
+    ShardStatus,
+}
+
+/// An operation.
+#[derive(Clone, Debug)]
+pub enum RequestOp {
+    /// On a chunk.
+    Chunk {
+        /// Chunk id.
+        chunk: u64,
+        /// What.
+        op: ChunkOp,
+    },
+    /// On a copyset or the shard.
+    Admin(AdminOp),
+}
+
+/// A request to a shard.
+#[derive(Clone, Debug)]
+pub struct Request {
+    /// Copyset; ignored by shard-wide operations.
+    pub copyset: CopysetId,
+    /// What.
+    pub op: RequestOp,
+    /// Where the reply goes.
+    pub origin: Origin,
+}
+
+/// Outcome of a request. The service maps it to the wire's status.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Outcome {
+    /// Done.
+    Success,
+    /// This node does not lead the copyset (now).
+    NotLeader,
+    /// The device failed this request.
+    DiskFail,
+    /// A block's checksum is wrong: the data is not handed out.
+    CrcFail,
+    /// Unaligned or out of range.
+    Invalid,
+    /// No free slot.
+    NoSpace,
+    /// Unknown copyset.
+    NoCopyset,
+    /// Absent chunk.
+    NoChunk,
+    /// Anything else; not done.
+    Failed,
+    /// Too many requests in flight.
+    Overload,
+    /// Older version than the chunk's.
+    Backward,
+    /// It exists already.
+    Exists,
+    /// The shard is shutting down or its disk is gone.
+    Stopping,
+}
+
+/// State of one copyset, as `GetCopysetStatus` and `copyset status` show it.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct CopysetStatus {
+    /// Group id.
+    pub id: u64,
+    /// 1 leader, 3 candidate, 4 follower, 6 uninitialised (passive).
+    pub state: u32,
+    /// This node, 0 if not a member.
+    pub peer: u64,
+    /// Leader, 0 if unknown.
+    pub leader: u64,
+    /// Voters.
+    pub peers: Vec<u64>,
+    /// Raft term.
+    pub term: u64,
+    /// Committed index.
+    pub committed: u64,
+    /// Applied index.
+    pub applied: u64,
+    /// First index in the log.
+    pub first: u64,
+    /// Last index in the log.
+    pub last: u64,
+    /// Last durable index.
+    pub durable: u64,
+    /// ConfEpoch.
+    pub epoch: u64,
+    /// Chunks of this copyset.
+    pub chunks: u64,
+}
+
+/// What only the shard knows of itself.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct ShardStatus {
+    /// Shard number.
+    pub shard: u16,
+    /// Copysets.
+    pub copysets: u64,
+    /// Of them led here.
+    pub leaders: u64,
+    /// Chunks.
+    pub chunks: u64,
+    /// Free slots this shard holds in reserve.
+    pub slots_free: u64,
+    /// Bytes of payload pinned by blocks not yet on their slots.
+    pub dirty_bytes: u64,
+    /// Bytes of log in use.
+    pub log_used_bytes: u64,
+    /// Bytes of log.
+    pub log_bytes: u64,
+    /// Buffer bytes free.
+    pub buffers_free_bytes: u64,
+    /// Set when the disk is out of service.
+    pub failed: Option<String>,
+}
+
+/// What a reply carries besides its outcome.
+#[derive(Clone, Debug, Default)]
+pub enum ReplyData {
+    /// Nothing.
+    #[default]
+    None,
+    /// Data of a read, in order; total length = the length asked.
+    Data(SmallVec<[Bytes; 2]>),
+    /// Versions: `[sn]`, or empty for an absent chunk.
+    Versions(SmallVec<[u64; 2]>),
+    /// CRC32C of a hash request; `None` for an absent chunk.
+    Hash(Option<u32>),
+    /// Copyset states.
+    Copysets(Vec<CopysetStatus>),
+    /// Shard state.
+    Shard(Box<ShardStatus>),
+}
+
+/// Answer to a [`Request`]; every request gets exactly one.
+#[derive(Clone, Debug)]
+pub struct Reply {
+    /// Copied from the request.
+    pub origin: Origin,
+    /// Outcome.
+    pub outcome: Outcome,
+    /// Applied index of the copyset when the request was applied or read (0 when it never got that far).
+    pub applied_index: u64,
+    /// Payload.
+    pub data: ReplyData,
+}
