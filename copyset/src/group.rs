@@ -17,7 +17,7 @@ use crate::history::History;
 use crate::proposals::Proposals;
 use crate::restore::{self, Error, Start};
 use crate::rng::Rng;
-use crate::screen::{self, StepError};
+use crate::screen::{self, HEADER_MAX, StepError};
 use crate::storage::LogStorage;
 use bytes::{BufMut, Bytes, BytesMut};
 use raft::eraftpb::{self, ConfChangeV2, EntryType, Message, MessageType};
@@ -213,9 +213,10 @@ impl Copyset {
     /// Everything queued in a turn is proposed at once by the next [`Self::ready`].
     ///
     /// # Panics
-    /// If `header` is empty (such entries are raft's own) or `crcs` are not one for each block of `payload`.
+    /// If `header` is empty (such entries are raft's own) or longer than [`crate::HEADER_MAX`], or `crcs` are not one
+    /// for each block of `payload`.
     pub fn propose(&mut self, cookie: u64, header: &[u8], crcs: &[u32], payload: Bytes) -> Result<(), ProposeError> {
-        assert!(!header.is_empty(), "an operation without a header");
+        assert!((1..=HEADER_MAX).contains(&header.len()), "a header of {} bytes", header.len());
         assert_eq!(crcs.len() * BLOCK, payload.len(), "one CRC per payload block");
         self.may_propose()?;
         if payload.len() > self.entry_bytes_max {
@@ -239,6 +240,9 @@ impl Copyset {
         self.may_propose()?;
         if self.raw.raft.has_pending_conf() {
             return Err(ProposeError::Full);
+        }
+        if self.members_with(change) > MEMBERS_MAX {
+            return Err(ProposeError::TooLarge);
         }
         let outcome = self.raw.propose_conf_change(Vec::new(), change.clone());
         outcome.map_err(|_| ProposeError::NotReady)
@@ -272,7 +276,7 @@ impl Copyset {
 
     /// Takes a peer's message.
     pub fn step(&mut self, message: Message) -> Result<(), StepError> {
-        screen::check(&message, self.config.peer, self.last_index())?;
+        screen::check(&message, self.config.peer, self.last_index(), self.entry_bytes_max)?;
         let alone = self.conf().sole_voter(self.config.peer);
         if alone && message.get_msg_type() == MessageType::MsgTimeoutNow {
             return Ok(()); // it campaigns by itself
@@ -440,6 +444,11 @@ impl Copyset {
         }
     }
 
+    fn members_with(&self, change: &ConfChangeV2) -> usize {
+        let conf = self.conf();
+        conf.voters.len() + conf.learners.len() + conf.voters_outgoing.len() + change.get_changes().len()
+    }
+
     fn standing(&self) -> (u64, u64, bool) {
         (self.leader(), self.term(), self.is_leader_ready())
     }
@@ -554,12 +563,10 @@ impl Copyset {
 
     /// A committed membership change. Whether it is refused depends on the configuration only, so all replicas agree.
     fn change(&mut self, index: u64, change: &ConfChangeV2) {
-        let conf = self.conf();
-        let members = conf.voters.len() + conf.learners.len() + conf.voters_outgoing.len() + change.changes.len();
-        let epoch = conf.epoch;
-        if members > MEMBERS_MAX {
+        if self.members_with(change) > MEMBERS_MAX {
             return;
         }
+        let epoch = self.conf().epoch;
         let Ok(state) = self.raw.apply_conf_change(change) else { return };
         let finished = state.get_voters_outgoing().is_empty();
         self.history.push(index, ConfState::from_raft(&state, epoch + u64::from(finished)));

@@ -30,4 +30,4 @@ pub use group::{Config, Copyset, ProposeError, Role};
 pub use peer::{PeerId, PeerIdError};
 pub use raft;
 pub use restore::Error;
-pub use screen::StepError;
+pub use screen::{HEADER_MAX, StepError};

@@ -3,8 +3,13 @@
 //! raft-rs trusts its peers and ends the process over messages that no correct peer sends (a commit beyond the log,
 //! entries that leave a gap). Such a message is refused here; a correct group loses nothing by a lost message.
 
+use crate::change::CHANGES_MAX;
 use crate::entry::read_change;
-use raft::eraftpb::{EntryType, Message, MessageType};
+use raft::eraftpb::{Entry, EntryType, Message, MessageType};
+use raftlog::BLOCK;
+
+/// Longest header of an operation.
+pub const HEADER_MAX: usize = 1024;
 
 /// Why a message was not stepped.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -50,8 +55,8 @@ pub enum StepError {
     Raft(String),
 }
 
-/// Checks a message for replica `me`, whose log ends at `last`.
-pub(crate) fn check(message: &Message, me: u64, last: u64) -> Result<(), StepError> {
+/// Checks a message for replica `me`, whose log ends at `last` and takes payloads of `payload_max` bytes.
+pub(crate) fn check(message: &Message, me: u64, last: u64, payload_max: usize) -> Result<(), StepError> {
     let &Message { from, to, term, index, .. } = message;
     if to != me || from == me || from == 0 {
         return Err(StepError::Address { from, to });
@@ -60,7 +65,7 @@ pub(crate) fn check(message: &Message, me: u64, last: u64) -> Result<(), StepErr
         return Err(StepError::NoTerm);
     }
     match message.get_msg_type() {
-        MessageType::MsgAppend => check_entries(message),
+        MessageType::MsgAppend => check_entries(message, payload_max),
         MessageType::MsgHeartbeat if message.commit > last => Err(StepError::Lost { commit: message.commit, last }),
         MessageType::MsgAppendResponse if index > last => Err(StepError::Acknowledged { index, last }),
         MessageType::MsgHeartbeat
@@ -75,7 +80,7 @@ pub(crate) fn check(message: &Message, me: u64, last: u64) -> Result<(), StepErr
     }
 }
 
-fn check_entries(message: &Message) -> Result<(), StepError> {
+fn check_entries(message: &Message, payload_max: usize) -> Result<(), StepError> {
     let malformed = StepError::Entries { index: message.index };
     // Term 0 belongs to index 0 only; elsewhere raft-rs would take it for "beyond my log" and call it a match.
     if (message.log_term == 0) != (message.index == 0) || message.log_term > message.term {
@@ -84,8 +89,7 @@ fn check_entries(message: &Message) -> Result<(), StepError> {
     let (mut index, mut term) = (message.index, message.log_term);
     for entry in message.get_entries() {
         let follows = index.checked_add(1) == Some(entry.index) && entry.index < u64::MAX;
-        let readable = entry.get_entry_type() == EntryType::EntryNormal || read_change(entry).is_some();
-        if !follows || !readable || entry.term < term.max(1) || entry.term > message.term {
+        if !follows || !well_formed(entry, payload_max) || entry.term < term.max(1) || entry.term > message.term {
             return Err(malformed);
         }
         (index, term) = (entry.index, entry.term);
@@ -93,10 +97,25 @@ fn check_entries(message: &Message) -> Result<(), StepError> {
     Ok(())
 }
 
+/// What the log takes: whole blocks with a CRC each, or a membership change we can write.
+fn well_formed(entry: &Entry, payload_max: usize) -> bool {
+    match entry.get_entry_type() {
+        EntryType::EntryNormal => {
+            let (data, context) = (entry.data.len(), entry.context.len());
+            data.is_multiple_of(BLOCK)
+                && data <= payload_max
+                && context >= data / BLOCK * 4
+                && context <= data / BLOCK * 4 + HEADER_MAX
+        }
+        _ => read_change(entry).is_some_and(|change| change.get_changes().len() <= CHANGES_MAX),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
-    use raft::eraftpb::Entry;
+
+    const MAX: usize = 1 << 20;
 
     fn message(kind: MessageType) -> Message {
         let mut message = Message::default();
@@ -118,12 +137,12 @@ mod tests {
 
     #[test]
     fn takes_what_correct_peers_send() {
-        assert_eq!(check(&append(0, 0, &[(1, 1), (2, 5)]), 1, 0), Ok(()));
-        assert_eq!(check(&append(7, 3, &[]), 1, 3), Ok(()));
+        assert_eq!(check(&append(0, 0, &[(1, 1), (2, 5)]), 1, 0, MAX), Ok(()));
+        assert_eq!(check(&append(7, 3, &[]), 1, 3, MAX), Ok(()));
         let mut heartbeat = message(MessageType::MsgHeartbeat);
         heartbeat.commit = 3;
-        assert_eq!(check(&heartbeat, 1, 3), Ok(()));
-        assert_eq!(check(&heartbeat, 1, 2), Err(StepError::Lost { commit: 3, last: 2 }));
+        assert_eq!(check(&heartbeat, 1, 3, MAX), Ok(()));
+        assert_eq!(check(&heartbeat, 1, 2, MAX), Err(StepError::Lost { commit: 3, last: 2 }));
     }
 
     #[test]
@@ -140,23 +159,36 @@ mod tests {
             append(u64::MAX - 1, 3, &[(u64::MAX, 5)]),
         ];
         for message in malformed {
-            let refused = check(&message, 1, 100);
+            let refused = check(&message, 1, 100, MAX);
             assert_eq!(refused, Err(StepError::Entries { index: message.index }), "{message:?}");
+        }
+        let spoilers: [fn(&mut Entry); 5] = [
+            |e| e.data = vec![0; 4096].into(),
+            |e| (e.data, e.context) = (vec![0; 100].into(), vec![0; 4].into()),
+            |e| (e.data, e.context) = (vec![0; MAX + 4096].into(), vec![0; MAX / 1024 + 4].into()),
+            |e| e.context = vec![0; HEADER_MAX + 1].into(),
+            |e| e.set_entry_type(EntryType::EntryConfChange),
+        ];
+        for (i, spoil) in spoilers.iter().enumerate() {
+            let mut message = append(7, 3, &[(8, 5)]);
+            assert_eq!(check(&message, 1, 100, MAX), Ok(()));
+            spoil(&mut message.mut_entries()[0]);
+            assert_eq!(check(&message, 1, 100, MAX), Err(StepError::Entries { index: 7 }), "spoiler {i}");
         }
         let mut ack = message(MessageType::MsgAppendResponse);
         ack.index = 4;
-        assert_eq!(check(&ack, 1, 3), Err(StepError::Acknowledged { index: 4, last: 3 }));
+        assert_eq!(check(&ack, 1, 3, MAX), Err(StepError::Acknowledged { index: 4, last: 3 }));
     }
 
     #[test]
     fn refuses_strangers_and_local_kinds() {
-        assert_eq!(check(&message(MessageType::MsgHeartbeat), 3, 0), Err(StepError::Address { from: 2, to: 1 }));
+        assert_eq!(check(&message(MessageType::MsgHeartbeat), 3, 0, MAX), Err(StepError::Address { from: 2, to: 1 }));
         for kind in [MessageType::MsgPropose, MessageType::MsgHup, MessageType::MsgSnapshot, MessageType::MsgReadIndex]
         {
-            assert_eq!(check(&message(kind), 1, 0), Err(StepError::Kind(kind)));
+            assert_eq!(check(&message(kind), 1, 0, MAX), Err(StepError::Kind(kind)));
         }
         let mut local = message(MessageType::MsgHeartbeat);
         local.term = 0;
-        assert_eq!(check(&local, 1, 0), Err(StepError::NoTerm));
+        assert_eq!(check(&local, 1, 0, MAX), Err(StepError::NoTerm));
     }
 }
