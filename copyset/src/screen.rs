@@ -5,6 +5,7 @@
 
 use crate::change::CHANGES_MAX;
 use crate::entry::read_change;
+use crate::restore::NUMBER_MAX;
 use raft::eraftpb::{Entry, EntryType, Message, MessageType};
 use raftlog::BLOCK;
 
@@ -25,9 +26,9 @@ pub enum StepError {
     /// A kind that does not travel between our replicas (proposals are redirected, not forwarded), or not yet.
     #[error("messages of kind {0:?} are not taken from peers")]
     Kind(MessageType),
-    /// No term.
-    #[error("message without a term")]
-    NoTerm,
+    /// No term, or one that no number of elections leads to.
+    #[error("message of term {0}")]
+    Term(u64),
     /// The leader has committed what this replica's log does not hold: entries it acknowledged are lost.
     #[error("the leader has committed {commit} here, but the log ends at {last}: acknowledged entries are lost")]
     Lost {
@@ -50,24 +51,41 @@ pub enum StepError {
         /// Own last index.
         last: u64,
     },
+    /// A vote that was not asked for.
+    #[error("a vote that was not asked for")]
+    Unasked,
     /// raft-rs refuses it.
     #[error("raft refuses the message: {0}")]
     Raft(String),
 }
 
-/// Checks a message for replica `me`, whose log ends at `last` and takes payloads of `payload_max` bytes.
-pub(crate) fn check(message: &Message, me: u64, last: u64, payload_max: usize) -> Result<(), StepError> {
+/// What a check must know of the replica.
+pub(crate) struct Receiver {
+    pub(crate) me: u64,
+    /// Last entry, and the last durable one.
+    pub(crate) last: u64,
+    pub(crate) durable: u64,
+    /// Longest payload its log takes.
+    pub(crate) payload_max: usize,
+}
+
+/// Checks a message.
+pub(crate) fn check(message: &Message, receiver: &Receiver) -> Result<(), StepError> {
     let &Message { from, to, term, index, .. } = message;
+    let &Receiver { me, last, durable, payload_max } = receiver;
     if to != me || from == me || from == 0 {
         return Err(StepError::Address { from, to });
     }
-    if term == 0 {
-        return Err(StepError::NoTerm);
+    // One more, and raft-rs could not count on.
+    if term == 0 || term > NUMBER_MAX {
+        return Err(StepError::Term(term));
     }
     match message.get_msg_type() {
         MessageType::MsgAppend => check_entries(message, payload_max),
         MessageType::MsgHeartbeat if message.commit > last => Err(StepError::Lost { commit: message.commit, last }),
         MessageType::MsgAppendResponse if index > last => Err(StepError::Acknowledged { index, last }),
+        // Votes are asked for when the whole log is durable, and raft-rs insists on it when they make a leader.
+        MessageType::MsgRequestVoteResponse if durable != last => Err(StepError::Unasked),
         MessageType::MsgHeartbeat
         | MessageType::MsgHeartbeatResponse
         | MessageType::MsgAppendResponse
@@ -117,6 +135,10 @@ mod tests {
 
     const MAX: usize = 1 << 20;
 
+    fn to(me: u64, last: u64) -> Receiver {
+        Receiver { me, last, durable: last, payload_max: MAX }
+    }
+
     fn message(kind: MessageType) -> Message {
         let mut message = Message::default();
         message.set_msg_type(kind);
@@ -137,12 +159,12 @@ mod tests {
 
     #[test]
     fn takes_what_correct_peers_send() {
-        assert_eq!(check(&append(0, 0, &[(1, 1), (2, 5)]), 1, 0, MAX), Ok(()));
-        assert_eq!(check(&append(7, 3, &[]), 1, 3, MAX), Ok(()));
+        assert_eq!(check(&append(0, 0, &[(1, 1), (2, 5)]), &to(1, 0)), Ok(()));
+        assert_eq!(check(&append(7, 3, &[]), &to(1, 3)), Ok(()));
         let mut heartbeat = message(MessageType::MsgHeartbeat);
         heartbeat.commit = 3;
-        assert_eq!(check(&heartbeat, 1, 3, MAX), Ok(()));
-        assert_eq!(check(&heartbeat, 1, 2, MAX), Err(StepError::Lost { commit: 3, last: 2 }));
+        assert_eq!(check(&heartbeat, &to(1, 3)), Ok(()));
+        assert_eq!(check(&heartbeat, &to(1, 2)), Err(StepError::Lost { commit: 3, last: 2 }));
     }
 
     #[test]
@@ -159,7 +181,7 @@ mod tests {
             append(u64::MAX - 1, 3, &[(u64::MAX, 5)]),
         ];
         for message in malformed {
-            let refused = check(&message, 1, 100, MAX);
+            let refused = check(&message, &to(1, 100));
             assert_eq!(refused, Err(StepError::Entries { index: message.index }), "{message:?}");
         }
         let spoilers: [fn(&mut Entry); 5] = [
@@ -171,24 +193,29 @@ mod tests {
         ];
         for (i, spoil) in spoilers.iter().enumerate() {
             let mut message = append(7, 3, &[(8, 5)]);
-            assert_eq!(check(&message, 1, 100, MAX), Ok(()));
+            assert_eq!(check(&message, &to(1, 100)), Ok(()));
             spoil(&mut message.mut_entries()[0]);
-            assert_eq!(check(&message, 1, 100, MAX), Err(StepError::Entries { index: 7 }), "spoiler {i}");
+            assert_eq!(check(&message, &to(1, 100)), Err(StepError::Entries { index: 7 }), "spoiler {i}");
         }
+        let vote = message(MessageType::MsgRequestVoteResponse);
+        assert_eq!(check(&vote, &to(1, 3)), Ok(()));
+        assert_eq!(check(&vote, &Receiver { durable: 2, ..to(1, 3) }), Err(StepError::Unasked));
         let mut ack = message(MessageType::MsgAppendResponse);
         ack.index = 4;
-        assert_eq!(check(&ack, 1, 3, MAX), Err(StepError::Acknowledged { index: 4, last: 3 }));
+        assert_eq!(check(&ack, &to(1, 3)), Err(StepError::Acknowledged { index: 4, last: 3 }));
     }
 
     #[test]
     fn refuses_strangers_and_local_kinds() {
-        assert_eq!(check(&message(MessageType::MsgHeartbeat), 3, 0, MAX), Err(StepError::Address { from: 2, to: 1 }));
+        assert_eq!(check(&message(MessageType::MsgHeartbeat), &to(3, 0)), Err(StepError::Address { from: 2, to: 1 }));
         for kind in [MessageType::MsgPropose, MessageType::MsgHup, MessageType::MsgSnapshot, MessageType::MsgReadIndex]
         {
-            assert_eq!(check(&message(kind), 1, 0, MAX), Err(StepError::Kind(kind)));
+            assert_eq!(check(&message(kind), &to(1, 0)), Err(StepError::Kind(kind)));
         }
         let mut local = message(MessageType::MsgHeartbeat);
         local.term = 0;
-        assert_eq!(check(&local, 1, 0, MAX), Err(StepError::NoTerm));
+        assert_eq!(check(&local, &to(1, 0)), Err(StepError::Term(0)));
+        local.term = u64::MAX;
+        assert_eq!(check(&local, &to(1, 0)), Err(StepError::Term(u64::MAX)));
     }
 }
