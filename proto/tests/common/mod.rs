@@ -1,6 +1,6 @@
 //! What the wire tests share: a stream cut into pieces, through the decoder, with attachments consumed as a server would.
 
-#![allow(dead_code, reason = "each test file uses its part")]
+#![allow(dead_code, unused_macros, unused_imports, reason = "each test file uses its part")]
 
 use std::path::PathBuf;
 
