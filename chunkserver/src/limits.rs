@@ -30,10 +30,8 @@ pub const CONNECTION_REQUESTS_MAX: usize = 8192;
 pub const REQUEST_OVERHEAD_BYTES: usize = 512;
 /// Chunk requests in flight in the process (default of `max_inflight_requests`); OVERLOAD above it.
 pub const INFLIGHT_REQUESTS_MAX: usize = 5000;
-/// Entries of one CreateCopysetNode2 request.
-pub const CREATE_COPYSETS_MAX: usize = 65_536;
 /// Known volume fences (`UpdateEpoch`); above it an update of an unknown volume is refused.
-pub const FENCES_MAX: usize = 1 << 20;
+pub const FENCES_MAX: usize = 65_536;
 
 /// Request line and headers of an HTTP request.
 pub const HTTP_HEAD_BYTES_MAX: usize = 8 * KIB;
