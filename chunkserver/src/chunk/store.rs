@@ -1,0 +1,544 @@
+//! The chunk store of one shard: which chunks there are, what is in them, what of it is not on the disk yet.
+//!
+//! Admission decides, apply obeys: [`Store::admit`] answers before an operation is proposed, [`Store::apply`] does what
+//! was committed whatever the chunk's version says. After a crash the metapages may be newer than the checkpoint that
+//! replay starts from, and data, CRC page and metapage of one round may be durable in any combination; doing every
+//! entry again, in order, is what makes them agree (rule 10).
+
+use super::admit::{self, Admission, Change, ChunkView};
+use super::bitmap::Bitmap;
+use super::layout::Layout;
+use super::meta::ChunkMeta;
+use super::overlay::{Dirty, Overlay, Pins};
+use super::pool::{SlotHistory, Slots};
+use super::read::{self, PlanKey, ReadPlan, Verified};
+use super::writeback::Round;
+use crate::shard::request::{BlockCrcs, ChunkOp, Outcome};
+use bytes::Bytes;
+use raftlog::{BLOCK, CopysetId};
+use rustc_hash::FxHashMap;
+use smallvec::SmallVec;
+use std::collections::BTreeSet;
+
+/// A chunk and where it is.
+#[derive(Debug)]
+pub(super) struct Chunk {
+    pub(super) meta: ChunkMeta,
+    /// Life of the slot.
+    pub(super) generation: u64,
+    /// Generation of the last metapage written.
+    pub(super) page: u64,
+    /// CRC32C per block as it is on the slot; meaningful where `meta.written` is set.
+    pub(super) crcs: Box<[u32]>,
+    /// Generation of the last write of each CRC page.
+    pub(super) crc_pages: SmallVec<[u64; 5]>,
+    pub(super) overlay: Overlay,
+    /// Device writes completed, so that a read can tell that the slot changed under it.
+    pub(super) version: u64,
+    /// One copy of its metapage was unreadable at start and nothing was applied to it since.
+    pub(super) suspect: bool,
+}
+
+/// A committed operation.
+#[derive(Clone, Debug)]
+pub enum ApplyOp {
+    /// Store whole blocks.
+    Write {
+        /// Version of the volume.
+        sn: u64,
+        /// Byte offset in the chunk.
+        offset: u32,
+        /// Data.
+        payload: Bytes,
+        /// CRC32C of each block.
+        crcs: BlockCrcs,
+    },
+    /// Remove the chunk.
+    Delete,
+    /// Make blocks read as zero.
+    Zero {
+        /// Byte offset.
+        offset: u32,
+        /// Length.
+        len: u32,
+    },
+}
+
+/// Why a committed entry could not be applied. Both mean that this disk must stop serving: going on would make the
+/// replica differ from its log.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum ApplyError {
+    /// No slot for a chunk that was admitted; only slots lost to damaged metapages can cause it.
+    #[error("no slot for a committed write")]
+    NoSlot,
+    /// The entry is not one this build would have proposed.
+    #[error("a committed entry is malformed")]
+    Malformed,
+}
+
+/// Limits of a store.
+#[derive(Clone, Copy, Debug)]
+pub struct StoreConfig {
+    /// Device writes of a round in flight at most.
+    pub writes_in_flight_max: usize,
+    /// Bytes of one merged device write at most.
+    pub write_bytes_max: u32,
+}
+
+impl Default for StoreConfig {
+    fn default() -> Self {
+        Self { writes_in_flight_max: 32, write_bytes_max: 256 << 10 }
+    }
+}
+
+/// What a store has done; only ever rises.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Counters {
+    /// Device writes of chunk data.
+    pub data_writes: u64,
+    /// Their bytes.
+    pub data_bytes: u64,
+    /// Device writes of metapages.
+    pub meta_writes: u64,
+    /// Their bytes.
+    pub meta_bytes: u64,
+    /// Device writes of CRC pages.
+    pub crc_writes: u64,
+    /// Their bytes.
+    pub crc_bytes: u64,
+    /// Syncs.
+    pub syncs: u64,
+    /// Rounds begun.
+    pub rounds: u64,
+}
+
+/// A slot whose chunk is gone. It is reusable when its tombstone is durable and, unless nothing can bring the chunk
+/// back, the checkpoint that covers the Delete is too (rule 13).
+#[derive(Debug)]
+pub(super) struct Grave {
+    pub(super) slot: u32,
+    pub(super) history: SlotHistory,
+    /// Copyset and index of the Delete that a checkpoint must cover.
+    pub(super) waits_for: Option<(CopysetId, u64)>,
+    pub(super) stage: GraveStage,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum GraveStage {
+    /// No tombstone written yet.
+    Open,
+    /// In the round that is running.
+    InRound,
+    /// Tombstone durable.
+    Closed,
+}
+
+#[derive(Clone, Copy, Debug)]
+pub(super) struct CopysetState {
+    pub(super) incarnation: u64,
+    pub(super) chunks: u64,
+}
+
+/// The chunks of one shard.
+#[derive(Debug)]
+pub struct Store {
+    pub(super) layout: Layout,
+    pub(super) config: StoreConfig,
+    pub(super) index: FxHashMap<(CopysetId, u64), u32>,
+    /// By slot; an iteration is never observable (no order is taken from it).
+    pub(super) chunks: FxHashMap<u32, Chunk>,
+    pub(super) copysets: FxHashMap<CopysetId, CopysetState>,
+    pub(super) slots: Slots,
+    pub(super) pins: Pins,
+    pub(super) admission: Admission,
+    /// Slots of chunks that differ from their metapage or have dirty blocks not in the running round.
+    pub(super) dirty: BTreeSet<u32>,
+    pub(super) dirty_since: Option<u64>,
+    pub(super) graves: Vec<Grave>,
+    pub(super) round: Option<Round>,
+    pub(super) counters: Counters,
+}
+
+impl Store {
+    /// A store with nothing in it. [`Loader`](super::Loader) makes the ones that are used.
+    pub(super) fn empty(layout: Layout, config: StoreConfig, slots: Slots) -> Self {
+        Self {
+            layout,
+            config,
+            index: FxHashMap::default(),
+            chunks: FxHashMap::default(),
+            copysets: FxHashMap::default(),
+            slots,
+            pins: Pins::default(),
+            admission: Admission::default(),
+            dirty: BTreeSet::new(),
+            dirty_since: None,
+            graves: Vec::new(),
+            round: None,
+            counters: Counters::default(),
+        }
+    }
+
+    /// Make a copyset known. Every copyset of the shard must be before anything is applied to it: at start (chunks
+    /// were loaded or not), later when it is created.
+    pub fn add_copyset(&mut self, copyset: CopysetId, incarnation: u64) {
+        let state = self.copysets.entry(copyset).or_insert(CopysetState { incarnation, chunks: 0 });
+        assert!(state.incarnation == incarnation, "a copyset was added twice with different incarnations");
+    }
+
+    /// Forget a copyset and free its chunks. To be called when the log's Purge of it is *durable*: a tombstone that
+    /// survives a crash which the Purge does not would lose data.
+    pub fn remove_copyset(&mut self, copyset: CopysetId) {
+        self.admission.reset(copyset, &mut self.slots);
+        let own = self.chunks.iter().filter(|(_, c)| c.meta.copyset == copyset);
+        let mut own: Vec<u32> = own.map(|(&slot, _)| slot).collect();
+        own.sort_unstable();
+        for slot in own {
+            self.bury(slot, None);
+        }
+        for grave in &mut self.graves {
+            if grave.waits_for.is_some_and(|(owner, _)| owner == copyset) {
+                grave.waits_for = None;
+            }
+        }
+        self.copysets.remove(&copyset);
+        self.release_graves();
+    }
+
+    /// This shard has applied everything its logs held at start. From now on, and when all shards say so, new extents
+    /// are handed out to [`Store::admit`].
+    pub fn replay_done(&mut self) {
+        self.slots.replay_done();
+    }
+
+    /// Decide the outcome of `op` before it is proposed. `Ok` for operations that are not proposed means that their
+    /// range is valid.
+    ///
+    /// # Errors
+    /// The outcome to answer; nothing was changed.
+    pub fn admit(&mut self, copyset: CopysetId, chunk: u64, op: &ChunkOp) -> Result<(), Outcome> {
+        if !self.copysets.contains_key(&copyset) {
+            return Err(Outcome::NoCopyset);
+        }
+        if self.doubtful(copyset, chunk) && !matches!(op, ChunkOp::Delete { .. } | ChunkOp::Info) {
+            return Err(Outcome::CrcFail);
+        }
+        let applied = self.applied_view(copyset, chunk);
+        self.admission.admit((copyset, chunk), op, self.layout.chunk_size, applied, &mut self.slots)
+    }
+
+    /// An admitted operation was not proposed after all, or dropped.
+    pub fn abandon(&mut self, copyset: CopysetId, chunk: u64, op: &ChunkOp) {
+        let applied = self.applied_view(copyset, chunk);
+        if let Some(change) = admit::change_of(op) {
+            self.admission.abandon((copyset, chunk), change, applied, &mut self.slots);
+        }
+    }
+
+    /// Leadership of `copyset` is lost: nothing admitted so far counts.
+    pub fn reset_proposed(&mut self, copyset: CopysetId) {
+        self.admission.reset(copyset, &mut self.slots);
+    }
+
+    fn applied_view(&self, copyset: CopysetId, chunk: u64) -> ChunkView {
+        self.find(copyset, chunk).map_or_else(ChunkView::default, |(_, c)| ChunkView {
+            exists: true,
+            sn: c.meta.sn,
+            corrected_sn: c.meta.corrected_sn,
+        })
+    }
+
+    /// Apply the committed operation at log index `index`. `now`: nanoseconds.
+    ///
+    /// # Errors
+    /// See [`ApplyError`]: the disk must stop serving.
+    ///
+    /// # Panics
+    /// When the copyset was never added.
+    pub fn apply(
+        &mut self,
+        copyset: CopysetId,
+        index: u64,
+        chunk: u64,
+        op: ApplyOp,
+        now: u64,
+    ) -> Result<(), ApplyError> {
+        assert!(self.copysets.contains_key(&copyset), "apply to a copyset that was not added");
+        let key = (copyset, chunk);
+        let change = match &op {
+            ApplyOp::Write { sn, payload, .. } if !payload.is_empty() => Change::Write(*sn),
+            ApplyOp::Write { .. } | ApplyOp::Zero { .. } => Change::Nothing,
+            ApplyOp::Delete => Change::Delete,
+        };
+        self.admission.settle(key, change, &mut self.slots);
+        let slot = self.index.get(&key).copied();
+        // Replay of a former life of this chunk: its Delete is in the log too, and behind it the creation of this one.
+        if slot.and_then(|slot| self.chunks.get(&slot)).is_some_and(|c| c.meta.created_index > index) {
+            return Ok(());
+        }
+        match op {
+            ApplyOp::Write { payload, crcs, .. } if payload.is_empty() && crcs.is_empty() => Ok(()),
+            ApplyOp::Write { sn, offset, payload, crcs } => {
+                let whole = admit::in_range(offset, payload.len() as u64, self.layout.chunk_size);
+                if !whole || crcs.len() != payload.len() / BLOCK {
+                    return Err(ApplyError::Malformed);
+                }
+                let slot = match slot {
+                    Some(slot) => slot,
+                    None => self.create(copyset, index, chunk)?,
+                };
+                self.write(slot, index, sn, offset, payload, &crcs, now);
+                Ok(())
+            }
+            ApplyOp::Delete => {
+                if let Some(slot) = slot {
+                    self.bury(slot, Some((copyset, index)));
+                    self.dirty_since.get_or_insert(now);
+                }
+                Ok(())
+            }
+            ApplyOp::Zero { offset, len } => {
+                if !admit::in_range(offset, u64::from(len), self.layout.chunk_size) {
+                    return Err(ApplyError::Malformed);
+                }
+                if let Some(slot) = slot {
+                    self.zero(slot, index, offset, len, now);
+                }
+                Ok(())
+            }
+        }
+    }
+
+    fn create(&mut self, copyset: CopysetId, index: u64, chunk: u64) -> Result<u32, ApplyError> {
+        let (slot, history) = self.slots.take().ok_or(ApplyError::NoSlot)?;
+        let incarnation = self.copysets.get_mut(&copyset).map_or(0, |state| {
+            state.chunks += 1;
+            state.incarnation
+        });
+        let meta = ChunkMeta {
+            copyset,
+            incarnation,
+            chunk,
+            created_index: index,
+            applied_index: index,
+            sn: 0,
+            corrected_sn: 0,
+            snapshot: None,
+            fence: 0,
+            written: Bitmap::new(self.layout.blocks()),
+            clone: None,
+        };
+        let fresh = Chunk::new(&self.layout, meta, history.generation + 1, history.page);
+        self.chunks.insert(slot, fresh);
+        self.index.insert((copyset, chunk), slot);
+        Ok(slot)
+    }
+
+    #[allow(clippy::too_many_arguments)]
+    fn write(&mut self, slot: u32, index: u64, sn: u64, offset: u32, payload: Bytes, crcs: &[u32], now: u64) {
+        let Some(chunk) = self.chunks.get_mut(&slot) else { return };
+        chunk.touch(index);
+        chunk.meta.sn = chunk.meta.sn.max(sn);
+        let mut at = self.pins.hold(payload);
+        for (block, &crc) in (offset / BLOCK as u32..).zip(crcs) {
+            chunk.overlay.put(&mut self.pins, block, Dirty { at, crc, index, oldest: index });
+            at = at.next();
+        }
+        self.dirty.insert(slot);
+        self.dirty_since.get_or_insert(now);
+    }
+
+    fn zero(&mut self, slot: u32, index: u64, offset: u32, len: u32, now: u64) {
+        let Some(chunk) = self.chunks.get_mut(&slot) else { return };
+        chunk.touch(index);
+        let range = offset / BLOCK as u32..(offset + len) / BLOCK as u32;
+        chunk.overlay.drop_range(&mut self.pins, range.clone());
+        for block in range {
+            chunk.meta.written.clear(block);
+        }
+        self.dirty.insert(slot);
+        self.dirty_since.get_or_insert(now);
+    }
+
+    /// The chunk in `slot` is gone: forget it and queue its tombstone.
+    pub(super) fn bury(&mut self, slot: u32, waits_for: Option<(CopysetId, u64)>) {
+        let Some(mut chunk) = self.chunks.remove(&slot) else { return };
+        chunk.overlay.drop_range(&mut self.pins, 0..u32::MAX);
+        let key = (chunk.meta.copyset, chunk.meta.chunk);
+        // While loading, the slot of another life of the same chunk may be the one indexed.
+        if self.index.get(&key) == Some(&slot) {
+            self.index.remove(&key);
+        }
+        if let Some(state) = self.copysets.get_mut(&chunk.meta.copyset) {
+            state.chunks -= 1;
+        }
+        self.dirty.remove(&slot);
+        let history = SlotHistory { generation: chunk.generation, page: chunk.page };
+        self.graves.push(Grave { slot, history, waits_for, stage: GraveStage::Open });
+        if let Some(round) = &mut self.round {
+            round.orphan(slot, chunk);
+        }
+    }
+
+    /// Give back every slot whose grave is closed and waits for nothing.
+    pub(super) fn release_graves(&mut self) {
+        let slots = &mut self.slots;
+        self.graves.retain(|grave| {
+            let done = grave.stage == GraveStage::Closed && grave.waits_for.is_none();
+            if done {
+                slots.release(grave.slot, grave.history);
+            }
+            !done
+        });
+    }
+
+    /// The checkpoint of `copyset` at `index` is durable: slots of chunks deleted up to there become reusable once
+    /// their tombstones are durable as well.
+    pub fn checkpoint_durable(&mut self, copyset: CopysetId, index: u64) {
+        for grave in &mut self.graves {
+            if grave.waits_for.is_some_and(|(owner, deleted)| owner == copyset && deleted <= index) {
+                grave.waits_for = None;
+            }
+        }
+        self.release_graves();
+    }
+
+    /// The valid copy of its metapage may be an old one: nothing of the chunk can be trusted, and a write would hide it.
+    fn doubtful(&self, copyset: CopysetId, chunk: u64) -> bool {
+        !self.slots.replaying() && self.find(copyset, chunk).is_some_and(|(_, c)| c.suspect)
+    }
+
+    fn find(&self, copyset: CopysetId, chunk: u64) -> Option<(u32, &Chunk)> {
+        let slot = *self.index.get(&(copyset, chunk))?;
+        Some((slot, self.chunks.get(&slot)?))
+    }
+
+    /// Plan a read of whole blocks.
+    ///
+    /// # Errors
+    /// `Invalid` or `NoChunk`; `CrcFail` when the chunk's metapage may have lost its newest copy.
+    pub fn read(&self, copyset: CopysetId, chunk: u64, offset: u32, len: u32) -> Result<ReadPlan, Outcome> {
+        if !admit::in_range(offset, u64::from(len), self.layout.chunk_size) {
+            return Err(Outcome::Invalid);
+        }
+        let (slot, found) = self.find(copyset, chunk).ok_or(Outcome::NoChunk)?;
+        if found.suspect && !self.slots.replaying() {
+            return Err(Outcome::CrcFail);
+        }
+        let key = PlanKey { copyset, chunk, slot, generation: found.generation, version: found.version };
+        let blocks = offset / BLOCK as u32..(offset + len) / BLOCK as u32;
+        let pieces = read::pieces(found, &self.pins, blocks, |block| self.layout.block_offset(slot, block));
+        Ok(ReadPlan { key, pieces })
+    }
+
+    /// Judge what the device returned for a [`Piece::Device`](super::Piece) of the plan `key` is from. On `Rot` the
+    /// caller reads the piece once more with the same plan; a second `Rot` is one.
+    #[must_use]
+    pub fn check(&self, key: &PlanKey, first_block: u32, data: &[u8]) -> Verified {
+        match self.find(key.copyset, key.chunk) {
+            Some((slot, chunk)) if slot == key.slot && chunk.generation == key.generation => {
+                read::check(chunk, key, first_block, data)
+            }
+            _ => Verified::Stale,
+        }
+    }
+
+    /// Versions of a chunk; `None` if absent.
+    #[must_use]
+    pub fn info(&self, copyset: CopysetId, chunk: u64) -> Option<SmallVec<[u64; 2]>> {
+        let (_, found) = self.find(copyset, chunk)?;
+        let mut versions = SmallVec::from_slice(&[found.meta.sn]);
+        versions.extend(found.meta.snapshot.map(|s| s.sn));
+        Some(versions)
+    }
+
+    /// Chunks of one copyset.
+    #[must_use]
+    pub fn chunks_of(&self, copyset: CopysetId) -> u64 {
+        self.copysets.get(&copyset).map_or(0, |state| state.chunks)
+    }
+
+    /// Chunks of all copysets.
+    #[must_use]
+    pub fn chunk_count(&self) -> u64 {
+        self.chunks.len() as u64
+    }
+
+    /// Free slots in this shard's hands that are not promised.
+    #[must_use]
+    pub fn spare_slots(&self) -> u64 {
+        self.slots.spare() as u64
+    }
+
+    /// Bytes of payload buffers kept in memory by blocks not yet on their slots.
+    #[must_use]
+    pub fn pinned_bytes(&self) -> u64 {
+        self.pins.bytes()
+    }
+
+    /// When the oldest change not yet written back was applied (the running round's included).
+    #[must_use]
+    pub fn oldest_dirty_ns(&self) -> Option<u64> {
+        let running = self.round.as_ref().and_then(|round| round.since);
+        running.into_iter().chain(self.dirty_since).min()
+    }
+
+    /// Lowest index of `copyset` that is in memory only.
+    #[must_use]
+    pub fn oldest_unwritten(&self, copyset: CopysetId) -> Option<u64> {
+        let own = self.chunks.values().filter(|c| c.meta.copyset == copyset);
+        own.flat_map(|c| c.overlay.iter().map(|(_, dirty)| dirty.oldest)).min()
+    }
+
+    /// Chunks one copy of whose metapage was unreadable at start and that no replayed entry touched. A torn write is
+    /// always followed by a replay of what it was about; so after the replay these are rotten, the valid copy may be
+    /// an old one, and the chunks answer `CrcFail` until they are deleted.
+    #[must_use]
+    pub fn suspect_chunks(&self) -> u64 {
+        self.chunks.values().filter(|c| c.suspect).count() as u64
+    }
+
+    /// Counters.
+    #[must_use]
+    pub fn counters(&self) -> Counters {
+        self.counters
+    }
+
+    /// The map of the disk.
+    #[must_use]
+    pub fn layout(&self) -> &Layout {
+        &self.layout
+    }
+}
+
+impl Chunk {
+    pub(super) fn new(layout: &Layout, meta: ChunkMeta, generation: u64, page: u64) -> Self {
+        Self {
+            meta,
+            generation,
+            page,
+            crcs: vec![0; layout.blocks() as usize].into_boxed_slice(),
+            crc_pages: SmallVec::from_elem(0, layout.crc_pages() as usize),
+            overlay: Overlay::default(),
+            version: 0,
+            suspect: false,
+        }
+    }
+
+    fn touch(&mut self, index: u64) {
+        // Replay passes indexes the metapage has seen; it never goes back.
+        self.meta.applied_index = self.meta.applied_index.max(index);
+        self.suspect = false;
+    }
+
+    /// Version `index` of `block`, whose bytes have this `crc`, is on the slot.
+    pub(super) fn landed(&mut self, pins: &mut Pins, block: u32, index: u64, crc: u32) {
+        self.version += 1;
+        if let Some(slot) = self.crcs.get_mut(block as usize) {
+            *slot = crc;
+        }
+        if self.overlay.written(pins, block, index) {
+            self.meta.written.set(block);
+        }
+    }
+}
