@@ -13,10 +13,9 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
-use tokio::io::Interest;
-use tokio::io::unix::AsyncFd;
 use tokio::sync::Notify;
 use tokio_uring::buf::BoundedBuf;
+use tokio_uring::fs::File;
 use tokio_uring::net::TcpStream;
 
 const RECEIVE: usize = 256 << 10;
@@ -31,6 +30,8 @@ struct Shared {
     over: Notify,
     stopped: Cell<bool>,
     progress: Arc<AtomicU64>,
+    /// How much of this worker's answers `progress` holds already.
+    reported: Cell<u64>,
 }
 
 impl Shared {
@@ -47,7 +48,8 @@ impl Shared {
                 notify.notify_one();
             }
         }
-        self.progress.store(engine.answered(), Ordering::Relaxed);
+        let answered = engine.answered();
+        self.progress.fetch_add(answered - self.reported.replace(answered), Ordering::Relaxed);
         if engine.is_over() {
             self.over.notify_one();
         }
@@ -55,7 +57,7 @@ impl Shared {
 }
 
 /// Runs `engine` against `addr` until it is over and returns it with the phase's length in nanoseconds. `epoch` is
-/// the moment its times count from; `progress` follows the number of answers.
+/// the moment its times count from; `progress` grows by every answer.
 pub fn run(
     engine: Engine,
     addr: SocketAddr,
@@ -73,8 +75,9 @@ pub fn run(
             over: Notify::new(),
             stopped: Cell::new(false),
             progress,
+            reported: Cell::new(0),
         });
-        let timer = AsyncFd::register_with_interest(timer()?, Interest::READABLE)?;
+        let timer = Timer::new()?;
         let mut tasks = vec![tokio_uring::spawn(tick(Rc::clone(&shared), timer))];
         tasks.extend((0..conns).map(|conn| tokio_uring::spawn(connection(Rc::clone(&shared), addr, conn))));
         shared.over.notified().await;
@@ -94,29 +97,33 @@ pub fn run(
     })
 }
 
-fn timer() -> std::io::Result<OwnedFd> {
-    let flags = TimerfdFlags::NONBLOCK | TimerfdFlags::CLOEXEC;
-    Ok(rustix::time::timerfd_create(TimerfdClockId::Monotonic, flags)?)
+/// A timer that io_uring reads like a file: finer than tokio's milliseconds, and no second poller.
+struct Timer {
+    fd: OwnedFd,
+    file: File,
 }
 
-async fn sleep_on(timer: &AsyncFd<OwnedFd>, nanos: u64) -> std::io::Result<()> {
-    let value = Timespec { tv_sec: (nanos / 1_000_000_000) as i64, tv_nsec: (nanos.max(1) % 1_000_000_000) as i64 };
-    let once = Itimerspec { it_interval: Timespec { tv_sec: 0, tv_nsec: 0 }, it_value: value };
-    rustix::time::timerfd_settime(timer.get_ref(), TimerfdTimerFlags::empty(), &once)?;
-    loop {
-        let mut ready = timer.readable().await?;
-        let mut expired = [0u8; 8];
-        if ready.try_io(|fd| Ok(rustix::io::read(fd.get_ref(), &mut expired)?)).is_ok() {
-            return Ok(());
-        }
+impl Timer {
+    fn new() -> std::io::Result<Self> {
+        let fd = rustix::time::timerfd_create(TimerfdClockId::Monotonic, TimerfdFlags::CLOEXEC)?;
+        let file = File::from_std(std::fs::File::from(fd.try_clone()?));
+        Ok(Self { fd, file })
+    }
+
+    async fn sleep(&self, nanos: u64) -> std::io::Result<()> {
+        let nanos = nanos.max(1);
+        let value = Timespec { tv_sec: (nanos / 1_000_000_000) as i64, tv_nsec: (nanos % 1_000_000_000) as i64 };
+        let once = Itimerspec { it_interval: Timespec { tv_sec: 0, tv_nsec: 0 }, it_value: value };
+        rustix::time::timerfd_settime(&self.fd, TimerfdTimerFlags::empty(), &once)?;
+        self.file.read_at(Vec::with_capacity(8), 0).await.0.map(|_| ())
     }
 }
 
-async fn tick(shared: Rc<Shared>, timer: AsyncFd<OwnedFd>) {
+async fn tick(shared: Rc<Shared>, timer: Timer) {
     while !shared.stopped.get() {
         let now = shared.now();
         let deadline = shared.engine.borrow().deadline(now);
-        if sleep_on(&timer, deadline.saturating_sub(now).max(1)).await.is_err() {
+        if timer.sleep(deadline.saturating_sub(now)).await.is_err() {
             // Without a timer there is no pace: end the phase rather than measure nonsense.
             shared.over.notify_one();
             return;
@@ -127,9 +134,7 @@ async fn tick(shared: Rc<Shared>, timer: AsyncFd<OwnedFd>) {
 
 /// Keeps connection `conn` open: connects, runs it, connects again.
 async fn connection(shared: Rc<Shared>, addr: SocketAddr, conn: usize) {
-    let Ok(pause) = timer().and_then(|timer| AsyncFd::register_with_interest(timer, Interest::READABLE)) else {
-        return;
-    };
+    let Ok(pause) = Timer::new() else { return };
     while !shared.stopped.get() {
         if let Ok(stream) = TcpStream::connect(addr).await {
             let _ = stream.set_nodelay(true);
@@ -159,7 +164,7 @@ async fn connection(shared: Rc<Shared>, addr: SocketAddr, conn: usize) {
             }
         }
         if !shared.stopped.get() {
-            let _ = sleep_on(&pause, RECONNECT.as_nanos() as u64).await;
+            let _ = pause.sleep(RECONNECT.as_nanos() as u64).await;
         }
     }
 }

@@ -36,6 +36,7 @@ impl Target {
     pub fn sample(&self) -> Sample {
         Sample {
             cpu_micros: self.pid.and_then(cpu_micros),
+            client_micros: cpu_micros(std::process::id()),
             disk: self.disk.as_deref().and_then(|name| disk_writes(&fs::read_to_string("/proc/diskstats").ok()?, name)),
             counters: http_get(self.addr, "/metrics").map(|text| parse_metrics(&text)).unwrap_or_default(),
         }
@@ -47,6 +48,8 @@ impl Target {
 pub struct Sample {
     /// CPU time of the process so far, in microseconds.
     pub cpu_micros: Option<u64>,
+    /// CPU time of this client so far, in microseconds.
+    pub client_micros: Option<u64>,
     /// Writes completed by the disk and bytes written.
     pub disk: Option<(u64, u64)>,
     /// Counters by name, label sets added up.
@@ -58,6 +61,8 @@ pub struct Sample {
 pub struct Delta {
     /// CPU time of the server in microseconds.
     pub server_cpu_us: Option<u64>,
+    /// CPU time of the client in microseconds.
+    pub client_cpu_us: Option<u64>,
     /// Writes the disk completed (of everybody on it).
     pub disk_writes: Option<u64>,
     /// Bytes the disk wrote.
@@ -84,8 +89,10 @@ impl Sample {
             .map(|(_, change)| *change)
             .collect();
         let disk = self.disk.zip(later.disk);
+        let spent = |from: Option<u64>, to: Option<u64>| Some(to?.saturating_sub(from?));
         Delta {
-            server_cpu_us: self.cpu_micros.zip(later.cpu_micros).map(|(from, to)| to.saturating_sub(from)),
+            server_cpu_us: spent(self.cpu_micros, later.cpu_micros),
+            client_cpu_us: spent(self.client_micros, later.client_micros),
             disk_writes: disk.map(|(from, to)| to.0.saturating_sub(from.0)),
             disk_write_bytes: disk.map(|(from, to)| to.1.saturating_sub(from.1)),
             server_syscalls: (!enters.is_empty()).then(|| enters.iter().sum()),

@@ -55,7 +55,7 @@ impl Engine {
             REDIRECTED => self.retry(key, now + 10 * MS, now),
             OVERLOAD => {
                 let Some(op) = self.ops.get_mut(key) else { return };
-                let pause = 100 * MS << op.overloads.min(6);
+                let pause = (100 * MS) << op.overloads.min(6);
                 op.overloads += 1;
                 self.retry(key, now + pause, now);
             }
