@@ -1,4 +1,5 @@
 //! The codec against frames recorded from the original C++ peers (`data/chunkserver.jsonl`, see the captures' README).
+#![allow(clippy::unwrap_used, reason = "a test may panic")]
 
 use bench::codec::{self, ChunkRequest};
 use serde_json::Value;
@@ -14,7 +15,7 @@ fn hex(case: &Value, key: &str) -> Vec<u8> {
 
 /// Numbers a request was made of, found by walking it with the protobuf rules alone.
 fn number(message: &[u8], field: u64) -> Option<u64> {
-    codec::Fields::new(message).map(Result::unwrap).find_map(|(number, value)| match value {
+    codec::Fields::new(message).map_while(Result::ok).find_map(|(number, value)| match value {
         codec::Value::Number(value) if number == field => Some(value),
         _ => None,
     })

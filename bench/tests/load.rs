@@ -1,4 +1,5 @@
 //! The whole client against a server that misbehaves: planted faults are found, legal trouble is not one.
+#![allow(clippy::unwrap_used, reason = "a test may panic")]
 
 mod fake;
 
@@ -46,9 +47,10 @@ fn what_is_legal_trouble_is_retried_and_counted_but_not_wrong() {
         7 => Act::Status(9),
         13 => Act::Status(8),
         17 => Act::RpcError(11),
-        20 => Act::Close { applied: true },
-        33 => Act::Close { applied: false },
-        39 => Act::Mute,
+        20 if count < 200 => Act::Close { applied: true },
+        33 if count < 200 => Act::Close { applied: false },
+        // Late enough that no broken connection answers for it.
+        38 | 39 if count > 250 => Act::Mute,
         _ => Act::Serve,
     });
     let report = run(&fake, "--verify --ops 400 --mix 50:50 --depth 16 --conns 2 --timeout 100");
@@ -63,17 +65,17 @@ fn what_is_legal_trouble_is_retried_and_counted_but_not_wrong() {
 #[test]
 fn planted_faults_are_found() {
     type Plant = fn(u64, &fake::Request) -> Act;
-    let plants: [(&str, Plant); 3] = [
-        ("Lost", |count, request| if count == 50 && request.method == "WriteChunk" { Act::Forget } else { Act::Serve }),
-        ("Garbage", |_, request| if request.offset == 8192 { Act::Rot } else { Act::Serve }),
-        ("Misplaced", |_, request| if request.offset == 4096 { Act::Misplace(0) } else { Act::Serve }),
-    ];
+    let plants: [(&str, Plant); 3] =
+        [
+            ("Lost", |count, request| {
+                if (40..80).contains(&count) && request.method == "WriteChunk" { Act::Forget } else { Act::Serve }
+            }),
+            ("Garbage", |_, request| if request.offset == 8192 { Act::Rot } else { Act::Serve }),
+            ("Misplaced", |_, request| if request.offset == 4096 { Act::Misplace(0) } else { Act::Serve }),
+        ];
     for (name, plant) in plants {
         let fake = Fake::start(plant);
-        let report = run(&fake, "--verify --ops 256 --pattern sequential --depth 8");
-        let found = report.verify_examples.iter().any(|example| example.contains(name));
-        // A Rot or Misplace reply needs a read that starts at the planted offset: the sweep joins blocks, so read singly.
-        let report = if found { report } else { run(&fake, "--verify --ops 1024 --mix 70:30 --depth 8") };
+        let report = run(&fake, "--verify --ops 1024 --mix 70:30 --depth 8");
         let found = report.verify_examples.iter().any(|example| example.contains(name));
         assert!(found && !report.is_clean(), "{name} not found: {report}");
     }
