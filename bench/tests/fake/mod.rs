@@ -167,23 +167,23 @@ fn serve(mut stream: TcpStream, chunks: &Chunks, decide: impl Fn(&Request) -> Ac
         match request.method.as_str() {
             "CreateCopysetNode2" => stream.write_all(&reply(&request, 0, &[8, 0], &[]))?,
             "GetLeader" => stream.write_all(&reply(&request, 0, b"\x0a\x0d\x1a\x0b127.0.0.1:1", &[]))?,
-            _ => chunk(&mut stream, chunks, &request, act)?,
+            _ => chunk(&mut stream, chunks, &request, &act)?,
         }
     }
 }
 
-fn chunk(stream: &mut TcpStream, chunks: &Chunks, request: &Request, act: Act) -> std::io::Result<()> {
+fn chunk(stream: &mut TcpStream, chunks: &Chunks, request: &Request, act: &Act) -> std::io::Result<()> {
     let key = (request.pool, request.copyset, request.chunk);
     let (mut rot, mut from) = (false, request.offset);
     match act {
-        Act::Status(status) => return stream.write_all(&reply(request, 0, &[8, status], &[])),
-        Act::RpcError(code) => return stream.write_all(&reply(request, code, &[], &[])),
+        Act::Status(status) => return stream.write_all(&reply(request, 0, &[8, *status], &[])),
+        Act::RpcError(code) => return stream.write_all(&reply(request, *code, &[], &[])),
         Act::Babble => return stream.write_all(b"HTTP/1.1 400 what?\r\n\r\n"),
         Act::Close { applied: false } => return Err(std::io::ErrorKind::BrokenPipe.into()),
         Act::Forget if request.method == "WriteChunk" => return stream.write_all(&reply(request, 0, &[8, 0], &[])),
-        Act::Stall(time) => std::thread::sleep(time),
+        Act::Stall(time) => std::thread::sleep(*time),
         Act::Rot => rot = true,
-        Act::Misplace(offset) => from = offset as usize,
+        Act::Misplace(offset) => from = *offset as usize,
         _ => {}
     }
     let mut locked = chunks.lock().unwrap();
