@@ -86,8 +86,9 @@ pub(crate) fn check(message: &Message, receiver: &Receiver) -> Result<(), StepEr
         MessageType::MsgAppend => check_entries(message, payload_max),
         MessageType::MsgHeartbeat if message.commit > last => Err(StepError::Lost { commit: message.commit, last }),
         // Late ones, of an earlier life or leadership, are raft-rs's to ignore.
-        MessageType::MsgAppendResponse if index > last && role == StateRole::Leader => {
-            Err(StepError::Acknowledged { index, last })
+        MessageType::MsgAppendResponse if role == StateRole::Leader => {
+            let index = index.max(message.reject_hint).max(message.request_snapshot);
+            if index > last { Err(StepError::Acknowledged { index, last }) } else { Ok(()) }
         }
         // Votes are asked for when the whole log is durable, and raft-rs insists on it when they make a leader.
         MessageType::MsgRequestVoteResponse if durable != last && role == StateRole::Candidate => {

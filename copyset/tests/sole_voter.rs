@@ -211,3 +211,29 @@ fn a_learner_counts_one_epoch_and_survives_restart() {
     node.restart();
     assert_eq!((node.copyset.conf().learners.as_slice(), node.copyset.conf().epoch), (&[77][..], 3));
 }
+
+#[test]
+fn a_learner_hears_nothing_of_a_term_whose_vote_may_be_lost() {
+    let mut node = node(9);
+    node.settle();
+    let mut single = ConfChangeSingle::default();
+    single.set_change_type(ConfChangeType::AddLearnerNode);
+    single.set_node_id(77);
+    let mut change = ConfChangeV2::default();
+    change.mut_changes().push(single);
+    node.copyset.propose_change(&change).unwrap();
+    node.settle();
+    node.checkpoint(node.copyset.applied_index());
+    node.settle();
+    node.restart();
+    node.turn();
+    assert_eq!(node.copyset.role(), Role::Leader);
+    assert!(node.outgoing.is_empty(), "the vote is not durable");
+    node.settle();
+    assert!(node.outgoing.iter().any(|m| m.to == 77));
+    // Later entries of the term go out before they are durable.
+    node.outgoing.clear();
+    (0..20).for_each(|_| node.copyset.tick());
+    node.turn();
+    assert!(!node.outgoing.is_empty());
+}
