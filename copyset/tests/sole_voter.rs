@@ -77,7 +77,11 @@ fn restart_at_every_step() {
                     let (low, high) = (node.copyset.first_index() - 1, node.copyset.applied_index());
                     node.checkpoint(low + rng.below(high - low + 1));
                 }
-                2 => node.copyset.tick(),
+                2 if rng.one_in(2) => node.copyset.tick(),
+                2 => {
+                    node.fetch_tail();
+                    node.log.borrow_mut().relog(ID);
+                }
                 3 => {
                     let state = node.copyset.hard_state_for_log();
                     node.log.borrow_mut().append(ID, Vec::new(), Some(state));

@@ -1,6 +1,8 @@
 //! Three voters on a message bus: the shape carries replication. Agreement, one leader per term and equal epochs are
 //! checked under loss, cuts and crashes.
 
+#![allow(clippy::unwrap_used)]
+
 mod common;
 
 use common::{ID, Node, Rng};
