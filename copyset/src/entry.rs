@@ -34,9 +34,7 @@ pub(crate) fn to_log(mut entry: eraftpb::Entry) -> Entry {
 /// # Panics
 /// If a conf change in the log cannot be read: `restore` has read each of them before raft-rs exists.
 pub(crate) fn to_raft(entry: Entry) -> eraftpb::Entry {
-    let mut out = eraftpb::Entry::default();
-    out.index = entry.index;
-    out.term = entry.term;
+    let mut out = eraftpb::Entry { index: entry.index, term: entry.term, ..eraftpb::Entry::default() };
     match entry.kind {
         EntryKind::Normal => {
             out.context = entry.context;
@@ -96,8 +94,7 @@ mod tests {
         single.set_node_id(77);
         let mut change = ConfChangeV2::default();
         change.mut_changes().push(single);
-        let mut entry = eraftpb::Entry::default();
-        entry.index = 9;
+        let mut entry = eraftpb::Entry { index: 9, ..eraftpb::Entry::default() };
         entry.set_entry_type(EntryType::EntryConfChangeV2);
         entry.data = change.write_to_bytes().unwrap().into();
         let logged = to_log(entry.clone());

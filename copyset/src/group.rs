@@ -222,6 +222,7 @@ impl Copyset {
     pub fn step(&mut self, message: Message) -> Result<(), StepError> {
         let receiver = Receiver {
             me: self.config.peer,
+            role: self.raw.raft.state,
             last: self.last_index(),
             durable: self.durable_index(),
             payload_max: self.entry_bytes_max,

@@ -90,9 +90,7 @@ mod tests {
     use super::*;
 
     fn entry(bytes: usize) -> Entry {
-        let mut entry = Entry::default();
-        entry.data = vec![0; bytes].into();
-        entry
+        Entry { data: vec![0; bytes].into(), ..Entry::default() }
     }
 
     #[test]

@@ -6,6 +6,7 @@
 use crate::change::CHANGES_MAX;
 use crate::entry::read_change;
 use crate::restore::NUMBER_MAX;
+use raft::StateRole;
 use raft::eraftpb::{Entry, EntryType, Message, MessageType};
 use raftlog::BLOCK;
 
@@ -62,6 +63,7 @@ pub enum StepError {
 /// What a check must know of the replica.
 pub(crate) struct Receiver {
     pub(crate) me: u64,
+    pub(crate) role: StateRole,
     /// Last entry, and the last durable one.
     pub(crate) last: u64,
     pub(crate) durable: u64,
@@ -72,7 +74,7 @@ pub(crate) struct Receiver {
 /// Checks a message.
 pub(crate) fn check(message: &Message, receiver: &Receiver) -> Result<(), StepError> {
     let &Message { from, to, term, index, .. } = message;
-    let &Receiver { me, last, durable, payload_max } = receiver;
+    let &Receiver { me, role, last, durable, payload_max } = receiver;
     if to != me || from == me || from == 0 {
         return Err(StepError::Address { from, to });
     }
@@ -83,9 +85,15 @@ pub(crate) fn check(message: &Message, receiver: &Receiver) -> Result<(), StepEr
     match message.get_msg_type() {
         MessageType::MsgAppend => check_entries(message, payload_max),
         MessageType::MsgHeartbeat if message.commit > last => Err(StepError::Lost { commit: message.commit, last }),
-        MessageType::MsgAppendResponse if index > last => Err(StepError::Acknowledged { index, last }),
+        // Late ones, of an earlier life or leadership, are raft-rs's to ignore.
+        MessageType::MsgAppendResponse if role == StateRole::Leader => {
+            let index = index.max(message.reject_hint).max(message.request_snapshot);
+            if index > last { Err(StepError::Acknowledged { index, last }) } else { Ok(()) }
+        }
         // Votes are asked for when the whole log is durable, and raft-rs insists on it when they make a leader.
-        MessageType::MsgRequestVoteResponse if durable != last => Err(StepError::Unasked),
+        MessageType::MsgRequestVoteResponse if durable != last && role == StateRole::Candidate => {
+            Err(StepError::Unasked)
+        }
         MessageType::MsgHeartbeat
         | MessageType::MsgHeartbeatResponse
         | MessageType::MsgAppendResponse
@@ -136,7 +144,7 @@ mod tests {
     const MAX: usize = 1 << 20;
 
     fn to(me: u64, last: u64) -> Receiver {
-        Receiver { me, last, durable: last, payload_max: MAX }
+        Receiver { me, role: StateRole::Follower, last, durable: last, payload_max: MAX }
     }
 
     fn message(kind: MessageType) -> Message {
@@ -199,10 +207,14 @@ mod tests {
         }
         let vote = message(MessageType::MsgRequestVoteResponse);
         assert_eq!(check(&vote, &to(1, 3)), Ok(()));
-        assert_eq!(check(&vote, &Receiver { durable: 2, ..to(1, 3) }), Err(StepError::Unasked));
+        let candidate = Receiver { role: StateRole::Candidate, ..to(1, 3) };
+        assert_eq!(check(&vote, &candidate), Ok(()));
+        assert_eq!(check(&vote, &Receiver { durable: 2, ..candidate }), Err(StepError::Unasked));
         let mut ack = message(MessageType::MsgAppendResponse);
         ack.index = 4;
-        assert_eq!(check(&ack, &to(1, 3)), Err(StepError::Acknowledged { index: 4, last: 3 }));
+        assert_eq!(check(&ack, &to(1, 3)), Ok(()), "late");
+        let leader = Receiver { role: StateRole::Leader, ..to(1, 3) };
+        assert_eq!(check(&ack, &leader), Err(StepError::Acknowledged { index: 4, last: 3 }));
     }
 
     #[test]

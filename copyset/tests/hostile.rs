@@ -115,5 +115,5 @@ fn any_message_is_safe() {
         }
         applied += node.copyset.applied_index();
     }
-    assert!(taken > 5000 && led > 100 && applied > 500, "{taken} taken, {led} leading, {applied} applied");
+    assert!(taken > 5000 && led > 100 && applied > 300, "{taken} taken, {led} leading, {applied} applied");
 }

@@ -4,7 +4,7 @@
 mod common;
 
 use common::{ID, Node, Rng};
-use copyset::raft::eraftpb::{ConfChangeSingle, ConfChangeType, ConfChangeV2};
+use copyset::raft::eraftpb::{ConfChangeSingle, ConfChangeType, ConfChangeV2, Message, MessageType};
 use copyset::{Config, Copyset, Error, ProposeError, Role};
 use raftlog::HardState;
 use std::rc::Rc;
@@ -77,7 +77,11 @@ fn restart_at_every_step() {
                     let (low, high) = (node.copyset.first_index() - 1, node.copyset.applied_index());
                     node.checkpoint(low + rng.below(high - low + 1));
                 }
-                2 => node.copyset.tick(),
+                2 if rng.one_in(2) => node.copyset.tick(),
+                2 => {
+                    node.fetch_tail();
+                    node.log.borrow_mut().relog(ID);
+                }
                 3 => {
                     let state = node.copyset.hard_state_for_log();
                     node.log.borrow_mut().append(ID, Vec::new(), Some(state));
@@ -210,4 +214,71 @@ fn a_learner_counts_one_epoch_and_survives_restart() {
     node.settle();
     node.restart();
     assert_eq!((node.copyset.conf().learners.as_slice(), node.copyset.conf().epoch), (&[77][..], 3));
+}
+
+#[test]
+fn a_learner_hears_nothing_of_a_term_whose_vote_may_be_lost() {
+    let mut node = node(9);
+    node.settle();
+    let mut single = ConfChangeSingle::default();
+    single.set_change_type(ConfChangeType::AddLearnerNode);
+    single.set_node_id(77);
+    let mut change = ConfChangeV2::default();
+    change.mut_changes().push(single);
+    node.copyset.propose_change(&change).unwrap();
+    node.settle();
+    node.checkpoint(node.copyset.applied_index());
+    node.settle();
+    node.restart();
+    node.turn();
+    assert_eq!(node.copyset.role(), Role::Leader);
+    assert!(node.outgoing.is_empty(), "the vote is not durable");
+    node.settle();
+    assert!(node.outgoing.iter().any(|m| m.to == 77));
+    // Later entries of the term go out before they are durable.
+    node.outgoing.clear();
+    (0..20).for_each(|_| node.copyset.tick());
+    node.turn();
+    assert!(!node.outgoing.is_empty());
+}
+
+#[test]
+fn a_payload_not_in_memory_is_never_sent_empty() {
+    let mut node = node(10);
+    node.settle();
+    let mut single = ConfChangeSingle::default();
+    single.set_change_type(ConfChangeType::AddLearnerNode);
+    single.set_node_id(77);
+    let mut change = ConfChangeV2::default();
+    change.mut_changes().push(single);
+    node.copyset.propose_change(&change).unwrap();
+    (0..3).for_each(|cookie| node.propose(cookie, 1).unwrap());
+    node.settle();
+    node.restart();
+    node.settle();
+    let answer = |node: &Node, kind, index, reject| {
+        let mut message = Message::default();
+        message.set_msg_type(kind);
+        (message.from, message.to, message.term) = (77, ME, node.copyset.term());
+        (message.index, message.reject, message.reject_hint, message.log_term) = (index, reject, 1, 1);
+        message
+    };
+    let probe = node.outgoing.iter().find(|m| m.get_msg_type() == MessageType::MsgAppend).unwrap().index;
+    let rejected = answer(&node, MessageType::MsgAppendResponse, probe, true);
+    let mut sent = Vec::new();
+    let mut hear = |node: &mut Node, message| {
+        node.outgoing.clear();
+        node.copyset.step(message).unwrap();
+        node.settle();
+        sent.clear();
+        sent.extend(node.outgoing.iter().flat_map(|m| m.get_entries().to_vec()));
+        assert!(sent.iter().all(|e| e.context.len() <= 8 || !e.data.is_empty()), "{sent:?}");
+        sent.last().map(|e| e.index)
+    };
+    let last = hear(&mut node, rejected).expect("entries before the first payload are sent");
+    let taken = answer(&node, MessageType::MsgAppendResponse, last, false);
+    assert_eq!(hear(&mut node, taken), None, "the next one has to be fetched");
+    node.fetch_tail();
+    let alive = answer(&node, MessageType::MsgHeartbeatResponse, 0, false);
+    assert_eq!(hear(&mut node, alive), Some(node.copyset.last_index()));
 }

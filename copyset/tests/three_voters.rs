@@ -1,6 +1,8 @@
 //! Three voters on a message bus: the shape carries replication. Agreement, one leader per term and equal epochs are
 //! checked under loss, cuts and crashes.
 
+#![allow(clippy::unwrap_used)]
+
 mod common;
 
 use common::{ID, Node, Rng};
@@ -197,6 +199,24 @@ fn crashes_lose_nothing_that_was_answered() {
         }
     }
     assert!(answered > 200 && dropped > 5, "{answered} answered, {dropped} in doubt");
+}
+
+#[test]
+fn the_same_seed_gives_the_same_run() {
+    let run = |seed| {
+        let mut cluster = Cluster::new(seed);
+        for cookie in 0..40 {
+            let leader = cluster.leader();
+            let _ = cluster.node(leader).propose(cookie, 1);
+            cluster.run(200);
+            if cookie % 13 == 12 {
+                cluster.crash(leader);
+            }
+        }
+        cluster.nodes.into_iter().map(|n| (n.applied, n.leader_changes, n.answered)).collect::<Vec<_>>()
+    };
+    assert_eq!(run(11), run(11));
+    assert_ne!(run(11), run(12));
 }
 
 fn cookie_of(context: &[u8]) -> Option<u64> {

@@ -1,6 +1,6 @@
 //! A shard in miniature: one log on a disk that completes writes late and out of order, one copyset, and a record of
 //! what was applied. A crash keeps any part of the writes in flight, sector by sector.
-#![allow(dead_code, unreachable_pub)]
+#![allow(dead_code, unreachable_pub, clippy::unwrap_used)]
 
 use bytes::Bytes;
 use copyset::raft::eraftpb::Message;
@@ -206,7 +206,7 @@ impl Node {
         let log = self.log.borrow();
         let location = log.index(ID).unwrap().location(index).expect("a payload that is not resident is on disk");
         let at = location.offset as usize;
-        Bytes::copy_from_slice(&self.disk.image[at..at + location.len as usize])
+        Bytes::copy_from_slice(&self.disk.image[at..at + location.len])
     }
 
     /// Finishes one write in flight; false if there is none.
