@@ -162,9 +162,7 @@ pub fn dispatch(ctx: &Context, now: Instant, call: Call) -> Handled {
         Method::Chunk(method) => chunk::dispatch(ctx, now, ticket, method, call),
         Method::Copyset(method) => copyset::dispatch(ctx, now, ticket, method, call.body),
         Method::Cli(method) => cli::dispatch(ctx, now, ticket, method, call.body),
-        Method::RaftStat => {
-            Handled::AllShards { op: AdminOp::ListCopysets, pending: Pending(Step::RaftStat(ticket)) }
-        }
+        Method::RaftStat => Handled::AllShards { op: AdminOp::ListCopysets, pending: Pending(Step::RaftStat(ticket)) },
     }
 }
 
