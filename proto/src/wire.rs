@@ -37,11 +37,6 @@ impl<'a> Reader<'a> {
         self.rest.is_empty()
     }
 
-    /// How many bytes are left.
-    pub(crate) fn left(&self) -> usize {
-        self.rest.len()
-    }
-
     pub(crate) fn varint(&mut self) -> Result<u64, NotProtobuf> {
         let mut value = 0u64;
         for (index, &byte) in self.rest.iter().take(10).enumerate() {
@@ -151,7 +146,7 @@ mod tests {
         let mut reader = Reader::new(&bytes);
         let (number, wire) = reader.key().unwrap();
         reader.skip(number, wire, 0).unwrap();
-        assert_eq!(reader.left(), 1);
+        assert_eq!(reader.rest, [0x77]);
         // wrong end, no end, bottomless
         for bytes in [&[0x0b, 0x14][..], &[0x0b], &[0x0b; 10_000]] {
             let mut reader = Reader::new(bytes);
