@@ -16,7 +16,8 @@ use raft::eraftpb::{ConfChangeSingle, ConfChangeTransition, ConfChangeType, Conf
 const VERSION: u8 = 1;
 const HEAD: usize = 4;
 const SINGLE: usize = 9;
-const CHANGES_MAX: usize = 64;
+/// Most changes in one.
+pub(crate) const CHANGES_MAX: usize = 64;
 
 /// Why bytes are no membership change.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]

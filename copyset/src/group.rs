@@ -4,89 +4,33 @@
 //! * **Nothing leaves before it is durable.** Each raft `Ready` remembers the log batch it needs ([`Held`]); its
 //!   messages and its `on_persist_ready` wait for that batch. raft-rs hands out committed entries only when the own
 //!   log has persisted them, and that is asserted.
-//! * **raft-rs and the log agree whenever a call returns**, except for proposals still queued: entries of a `Ready`
-//!   are appended before it is advanced. [`Copyset::hard_state_for_log`] is the state of the last `Ready`, never a
+//! * **raft-rs and the log agree whenever `ready` returns**: entries of a `Ready` are appended before it is advanced. [`Copyset::hard_state_for_log`] is the state of the last `Ready`, never a
 //!   newer one: a commit must not reach the log before the entries it speaks of.
 //! * **A term is used once.** A sole voter becomes leader before its own vote is durable; it keeps its messages until
 //!   the batch with that vote is, or a learner could be sent two different entries of one term across a crash.
 
+mod ready;
+mod status;
+
 use crate::conf::ConfState;
-use crate::effect::{Committed, Effect};
-use crate::entry::{change_of, to_log};
+use crate::config::{Config, quiet, raft_config};
+use crate::effect::Effect;
 use crate::history::History;
 use crate::proposals::Proposals;
 use crate::restore::{self, Error, Start};
 use crate::rng::Rng;
-use crate::screen::{self, StepError};
+use crate::screen::{self, HEADER_MAX, Receiver, StepError};
 use crate::storage::LogStorage;
 use bytes::{BufMut, Bytes, BytesMut};
-use raft::eraftpb::{self, ConfChangeV2, EntryType, Message, MessageType};
+use raft::eraftpb::{self, ConfChangeV2, Message, MessageType};
 use raft::{RaftState, RawNode, StateRole, Storage};
-use raftlog::{BLOCK, Checkpoint, CopysetId, HardState, Log, Seq};
+use raftlog::{BLOCK, Checkpoint, HardState, Log, Seq};
 use std::cell::RefCell;
 use std::collections::VecDeque;
 use std::rc::Rc;
 
-/// Members a configuration may grow to; `conf.rs` could not encode more than 64.
-const MEMBERS_MAX: usize = 32;
-
-/// Settings of one copyset.
-#[derive(Clone, Debug)]
-pub struct Config {
-    /// Group.
-    pub id: CopysetId,
-    /// This replica, as [`crate::PeerId`] packs it.
-    pub peer: u64,
-    /// Length of a tick, for the caller that ticks; not used here.
-    pub tick_ms: u64,
-    /// Ticks without a leader before an election; drawn from this up to twice this.
-    pub election_ticks: usize,
-    /// Ticks between heartbeats.
-    pub heartbeat_ticks: usize,
-    /// Payload bytes of one append message to a peer, and of one round of committed entries.
-    pub max_batch_bytes: u64,
-    /// Append messages in flight to one peer.
-    pub max_in_flight: usize,
-    /// Proposals not yet committed.
-    pub max_waiting: usize,
-    /// Bytes of proposals not yet committed.
-    pub max_waiting_bytes: usize,
-    /// For election timeouts; the same seed, the same run.
-    pub seed: u64,
-}
-
-impl Config {
-    /// With the defaults: Curve's election timeout of 1 s as 10 ticks, a heartbeat every 3.
-    #[must_use]
-    pub const fn new(id: CopysetId, peer: u64, seed: u64) -> Self {
-        Self {
-            id,
-            peer,
-            tick_ms: 100,
-            election_ticks: 10,
-            heartbeat_ticks: 3,
-            max_batch_bytes: 1 << 20,
-            max_in_flight: 16,
-            max_waiting: 5000,
-            max_waiting_bytes: 64 << 20,
-            seed,
-        }
-    }
-}
-
-/// What a replica is. The values are those of braft's states in `GetCopysetStatus`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[repr(u32)]
-pub enum Role {
-    /// Leads.
-    Leader = 1,
-    /// Asks for votes.
-    Candidate = 3,
-    /// Follows, or waits for a leader.
-    Follower = 4,
-    /// Has no configuration yet: waits to be added.
-    Passive = 6,
-}
+use ready::{MEMBERS_MAX, send};
+pub use status::Role;
 
 /// Why a proposal was not taken.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
@@ -213,9 +157,10 @@ impl Copyset {
     /// Everything queued in a turn is proposed at once by the next [`Self::ready`].
     ///
     /// # Panics
-    /// If `header` is empty (such entries are raft's own) or `crcs` are not one for each block of `payload`.
+    /// If `header` is empty (such entries are raft's own) or longer than [`crate::HEADER_MAX`], or `crcs` are not one
+    /// for each block of `payload`.
     pub fn propose(&mut self, cookie: u64, header: &[u8], crcs: &[u32], payload: Bytes) -> Result<(), ProposeError> {
-        assert!(!header.is_empty(), "an operation without a header");
+        assert!((1..=HEADER_MAX).contains(&header.len()), "a header of {} bytes", header.len());
         assert_eq!(crcs.len() * BLOCK, payload.len(), "one CRC per payload block");
         self.may_propose()?;
         if payload.len() > self.entry_bytes_max {
@@ -239,6 +184,9 @@ impl Copyset {
         self.may_propose()?;
         if self.raw.raft.has_pending_conf() {
             return Err(ProposeError::Full);
+        }
+        if self.members_with(change) > MEMBERS_MAX {
+            return Err(ProposeError::TooLarge);
         }
         let outcome = self.raw.propose_conf_change(Vec::new(), change.clone());
         outcome.map_err(|_| ProposeError::NotReady)
@@ -272,7 +220,14 @@ impl Copyset {
 
     /// Takes a peer's message.
     pub fn step(&mut self, message: Message) -> Result<(), StepError> {
-        screen::check(&message, self.config.peer, self.last_index())?;
+        let receiver = Receiver {
+            me: self.config.peer,
+            role: self.raw.raft.state,
+            last: self.last_index(),
+            durable: self.durable_index(),
+            payload_max: self.entry_bytes_max,
+        };
+        screen::check(&message, &receiver)?;
         let alone = self.conf().sole_voter(self.config.peer);
         if alone && message.get_msg_type() == MessageType::MsgTimeoutNow {
             return Ok(()); // it campaigns by itself
@@ -359,78 +314,6 @@ impl Copyset {
         self.hard_state
     }
 
-    /// Members and epoch, up to the newest entry handed out for apply.
-    #[must_use]
-    pub fn conf(&self) -> &ConfState {
-        self.history.current()
-    }
-
-    /// Group.
-    #[must_use]
-    pub fn id(&self) -> CopysetId {
-        self.config.id
-    }
-    /// This replica.
-    #[must_use]
-    pub fn peer(&self) -> u64 {
-        self.config.peer
-    }
-    /// Settings.
-    #[must_use]
-    pub fn config(&self) -> &Config {
-        &self.config
-    }
-    /// What this replica is.
-    #[must_use]
-    pub fn role(&self) -> Role {
-        match self.raw.raft.state {
-            StateRole::Leader => Role::Leader,
-            StateRole::Candidate | StateRole::PreCandidate => Role::Candidate,
-            StateRole::Follower if self.conf().voters.is_empty() => Role::Passive,
-            StateRole::Follower => Role::Follower,
-        }
-    }
-    /// The leader, 0 if unknown.
-    #[must_use]
-    pub fn leader(&self) -> u64 {
-        self.raw.raft.leader_id
-    }
-    /// Current term.
-    #[must_use]
-    pub fn term(&self) -> u64 {
-        self.raw.raft.term
-    }
-    /// Applied by the shard.
-    #[must_use]
-    pub fn applied_index(&self) -> u64 {
-        self.applied
-    }
-    /// Known committed.
-    #[must_use]
-    pub fn commit_index(&self) -> u64 {
-        self.raw.raft.raft_log.committed
-    }
-    /// Oldest entry in the log.
-    #[must_use]
-    pub fn first_index(&self) -> u64 {
-        self.raw.store().checkpoint_index() + 1
-    }
-    /// Newest entry.
-    #[must_use]
-    pub fn last_index(&self) -> u64 {
-        self.raw.raft.raft_log.last_index()
-    }
-    /// Newest entry that is durable here.
-    #[must_use]
-    pub fn durable_index(&self) -> u64 {
-        self.raw.raft.raft_log.persisted
-    }
-    /// Proposals made here that are not committed yet.
-    #[must_use]
-    pub fn waits(&self) -> usize {
-        self.proposals.count()
-    }
-
     /// A replica may propose only what it can decide: see [`ProposeError::NotReady`].
     fn may_propose(&self) -> Result<(), ProposeError> {
         match self.role() {
@@ -440,6 +323,11 @@ impl Copyset {
         }
     }
 
+    fn members_with(&self, change: &ConfChangeV2) -> usize {
+        let conf = self.conf();
+        conf.voters.len() + conf.learners.len() + conf.voters_outgoing.len() + change.get_changes().len()
+    }
+
     fn standing(&self) -> (u64, u64, bool) {
         (self.leader(), self.term(), self.is_leader_ready())
     }
@@ -447,128 +335,6 @@ impl Copyset {
     fn term_at(&self, index: u64) -> u64 {
         let term = self.raw.store().term(index);
         term.unwrap_or_else(|e| panic!("{:?}: no term of applied entry {index}: {e}", self.config.id))
-    }
-
-    /// One message for all of a turn's proposals: one append, one `Ready`.
-    fn propose_queued(&mut self) {
-        if !self.proposals.has_queued() {
-            return;
-        }
-        let entries = self.proposals.take(self.last_index() + 1, self.term());
-        let count = entries.len();
-        let mut message = Message::default();
-        message.set_msg_type(MessageType::MsgPropose);
-        message.from = self.config.peer;
-        message.set_entries(entries.into());
-        if self.raw.raft.step(message).is_err() {
-            self.proposals.refuse_last(count, &mut self.outbox);
-        }
-    }
-
-    fn one_ready(&mut self, out: &mut Vec<Effect>) {
-        let mut ready = self.raw.ready();
-        assert!(ready.snapshot().is_empty(), "raft snapshots are screened out");
-        self.append(ready.take_entries());
-        let mut kept = ready.take_persisted_messages();
-        if self.vote_seq > self.durable {
-            kept.append(&mut ready.take_messages());
-        } else {
-            out.extend(ready.take_messages().into_iter().map(send));
-        }
-        let committed = ready.take_committed_entries();
-        let number = ready.number();
-        self.raw.advance_append_async(ready);
-        self.hold(number, kept);
-        for entry in committed {
-            self.emit(entry, out);
-        }
-        self.look();
-    }
-
-    /// Entries and hard state of one `Ready`, in one call. A commit that moved alone waits for the next one.
-    fn append(&mut self, entries: Vec<eraftpb::Entry>) {
-        let state = self.raw.raft.hard_state();
-        self.hard_state = HardState { term: state.term, vote: state.vote, commit: state.commit };
-        let voted = (state.term, state.vote) != (self.logged.term, self.logged.vote);
-        if entries.is_empty() && !voted {
-            return;
-        }
-        let changed = (self.hard_state != self.logged).then_some(self.hard_state);
-        let entries = entries.into_iter().map(to_log).collect();
-        self.last_seq = self.log.borrow_mut().append(self.config.id, entries, changed);
-        self.logged = self.hard_state;
-        if voted {
-            self.vote_seq = self.last_seq;
-        }
-    }
-
-    /// Keeps a `Ready` until its batch, and so those before it, are durable.
-    fn hold(&mut self, number: u64, mut messages: Vec<Message>) {
-        if self.last_seq <= self.durable {
-            self.raw.on_persist_ready(number);
-            self.outbox.extend(messages.into_iter().map(send));
-            return;
-        }
-        let seq = self.last_seq;
-        match self.held.back_mut() {
-            Some(last) if last.seq == seq => {
-                last.number = number;
-                last.messages.append(&mut messages);
-            }
-            _ => self.held.push_back(Held { seq, number, messages }),
-        }
-    }
-
-    /// Hands out one committed entry; what concerns the group itself takes effect here.
-    fn emit(&mut self, mut entry: eraftpb::Entry, out: &mut Vec<Effect>) {
-        let (index, term) = (entry.index, entry.term);
-        let (last, last_term) = self.emitted;
-        assert!(index == last + 1 && index <= self.durable_index(), "entry {index} is out of turn");
-        let mut committed = Committed {
-            index,
-            term,
-            cookie: self.proposals.committed(index, term),
-            context: Bytes::new(),
-            payload: Bytes::new(),
-            payload_len: 0,
-        };
-        if entry.get_entry_type() != EntryType::EntryNormal {
-            self.change(index, &change_of(&entry));
-        } else if entry.context.is_empty() {
-            // raft-rs also turns a refused membership change into an empty entry; only the first of a term counts.
-            if term > last_term {
-                let conf = self.conf();
-                self.history.push(index, ConfState { epoch: conf.epoch + 1, ..conf.clone() });
-            }
-        } else {
-            committed.context = std::mem::take(&mut entry.context);
-            committed.payload = std::mem::take(&mut entry.data);
-            committed.payload_len = match committed.payload.len() {
-                0 => self.raw.store().payload_len(index),
-                len => len,
-            };
-        }
-        self.emitted = (index, term);
-        out.push(Effect::Apply(committed));
-    }
-
-    /// A committed membership change. Whether it is refused depends on the configuration only, so all replicas agree.
-    fn change(&mut self, index: u64, change: &ConfChangeV2) {
-        let conf = self.conf();
-        let members = conf.voters.len() + conf.learners.len() + conf.voters_outgoing.len() + change.changes.len();
-        let epoch = conf.epoch;
-        if members > MEMBERS_MAX {
-            return;
-        }
-        let Ok(state) = self.raw.apply_conf_change(change) else { return };
-        let finished = state.get_voters_outgoing().is_empty();
-        self.history.push(index, ConfState::from_raft(&state, epoch + u64::from(finished)));
-        let raft = &mut self.raw.raft;
-        if raft.state == StateRole::Leader && raft.prs().get(raft.id).is_none() {
-            // raft-rs would stay leader and fail at its next persisted entry.
-            let term = raft.term;
-            raft.become_follower(term, 0);
-        }
     }
 
     /// A sole voter needs no timer and nobody's vote. raft-rs requires that its whole log is durable.
@@ -600,28 +366,4 @@ impl Copyset {
         self.election_timeout = self.rng.draw(ticks, ticks);
         self.raw.raft.set_randomized_election_timeout(self.election_timeout);
     }
-}
-
-fn send(message: Message) -> Effect {
-    Effect::Send(Box::new(message))
-}
-
-fn raft_config(config: &Config, applied: u64) -> raft::Config {
-    raft::Config {
-        id: config.peer,
-        election_tick: config.election_ticks,
-        heartbeat_tick: config.heartbeat_ticks,
-        applied,
-        max_size_per_msg: config.max_batch_bytes,
-        max_inflight_msgs: config.max_in_flight,
-        check_quorum: true,
-        pre_vote: true,
-        max_committed_size_per_ready: config.max_batch_bytes,
-        ..raft::Config::default()
-    }
-}
-
-/// raft-rs's own log lines repeat what the effects say.
-fn quiet() -> slog::Logger {
-    slog::Logger::root(slog::Discard, slog::o!())
 }

@@ -12,6 +12,7 @@
 
 mod change;
 mod conf;
+mod config;
 mod effect;
 mod entry;
 mod group;
@@ -25,9 +26,10 @@ mod storage;
 
 pub use change::{ChangeError, decode_change, encode_change};
 pub use conf::{ConfError, ConfState};
+pub use config::Config;
 pub use effect::{Committed, Effect};
-pub use group::{Config, Copyset, ProposeError, Role};
+pub use group::{Copyset, ProposeError, Role};
 pub use peer::{PeerId, PeerIdError};
 pub use raft;
 pub use restore::Error;
-pub use screen::StepError;
+pub use screen::{HEADER_MAX, StepError};

@@ -7,6 +7,8 @@ use crate::change::{ChangeError, decode_change};
 use crate::conf::{ConfError, ConfState};
 use raftlog::{CopysetId, EntryKind, HardState, Index, Log};
 
+/// Largest index or term that is believed: what lies beyond was never reached by counting.
+pub(crate) const NUMBER_MAX: u64 = 1 << 60;
 /// Entries looked at in one go.
 const SCAN: u64 = 1024;
 
@@ -50,6 +52,9 @@ pub enum Error {
         /// Of the last entry.
         last: u64,
     },
+    /// An index or term no copyset ever counts to.
+    #[error("copyset {0:?}: the log speaks of an absurd index or term")]
+    Number(CopysetId),
     /// A membership change in the log is unreadable.
     #[error("copyset {id:?}: membership change at {index}")]
     Change {
@@ -90,6 +95,9 @@ pub(crate) fn load(log: &Log, id: CopysetId) -> Result<Start, Error> {
         return Err(Error::CommitBeyondLog { id, commit: hard_state.commit, last });
     }
     let last_term = check_entries(index, id, applied, applied_term)?;
+    if hard_state.term > NUMBER_MAX || last > NUMBER_MAX {
+        return Err(Error::Number(id));
+    }
     if hard_state.term < last_term {
         return Err(Error::Term { id, term: hard_state.term, last: last_term });
     }

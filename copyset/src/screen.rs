@@ -3,8 +3,15 @@
 //! raft-rs trusts its peers and ends the process over messages that no correct peer sends (a commit beyond the log,
 //! entries that leave a gap). Such a message is refused here; a correct group loses nothing by a lost message.
 
+use crate::change::CHANGES_MAX;
 use crate::entry::read_change;
-use raft::eraftpb::{EntryType, Message, MessageType};
+use crate::restore::NUMBER_MAX;
+use raft::StateRole;
+use raft::eraftpb::{Entry, EntryType, Message, MessageType};
+use raftlog::BLOCK;
+
+/// Longest header of an operation.
+pub const HEADER_MAX: usize = 1024;
 
 /// Why a message was not stepped.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -20,9 +27,9 @@ pub enum StepError {
     /// A kind that does not travel between our replicas (proposals are redirected, not forwarded), or not yet.
     #[error("messages of kind {0:?} are not taken from peers")]
     Kind(MessageType),
-    /// No term.
-    #[error("message without a term")]
-    NoTerm,
+    /// No term, or one that no number of elections leads to.
+    #[error("message of term {0}")]
+    Term(u64),
     /// The leader has committed what this replica's log does not hold: entries it acknowledged are lost.
     #[error("the leader has committed {commit} here, but the log ends at {last}: acknowledged entries are lost")]
     Lost {
@@ -45,24 +52,47 @@ pub enum StepError {
         /// Own last index.
         last: u64,
     },
+    /// A vote that was not asked for.
+    #[error("a vote that was not asked for")]
+    Unasked,
     /// raft-rs refuses it.
     #[error("raft refuses the message: {0}")]
     Raft(String),
 }
 
-/// Checks a message for replica `me`, whose log ends at `last`.
-pub(crate) fn check(message: &Message, me: u64, last: u64) -> Result<(), StepError> {
+/// What a check must know of the replica.
+pub(crate) struct Receiver {
+    pub(crate) me: u64,
+    pub(crate) role: StateRole,
+    /// Last entry, and the last durable one.
+    pub(crate) last: u64,
+    pub(crate) durable: u64,
+    /// Longest payload its log takes.
+    pub(crate) payload_max: usize,
+}
+
+/// Checks a message.
+pub(crate) fn check(message: &Message, receiver: &Receiver) -> Result<(), StepError> {
     let &Message { from, to, term, index, .. } = message;
+    let &Receiver { me, role, last, durable, payload_max } = receiver;
     if to != me || from == me || from == 0 {
         return Err(StepError::Address { from, to });
     }
-    if term == 0 {
-        return Err(StepError::NoTerm);
+    // One more, and raft-rs could not count on.
+    if term == 0 || term > NUMBER_MAX {
+        return Err(StepError::Term(term));
     }
     match message.get_msg_type() {
-        MessageType::MsgAppend => check_entries(message),
+        MessageType::MsgAppend => check_entries(message, payload_max),
         MessageType::MsgHeartbeat if message.commit > last => Err(StepError::Lost { commit: message.commit, last }),
-        MessageType::MsgAppendResponse if index > last => Err(StepError::Acknowledged { index, last }),
+        // Late ones, of an earlier life or leadership, are raft-rs's to ignore.
+        MessageType::MsgAppendResponse if index > last && role == StateRole::Leader => {
+            Err(StepError::Acknowledged { index, last })
+        }
+        // Votes are asked for when the whole log is durable, and raft-rs insists on it when they make a leader.
+        MessageType::MsgRequestVoteResponse if durable != last && role == StateRole::Candidate => {
+            Err(StepError::Unasked)
+        }
         MessageType::MsgHeartbeat
         | MessageType::MsgHeartbeatResponse
         | MessageType::MsgAppendResponse
@@ -75,7 +105,7 @@ pub(crate) fn check(message: &Message, me: u64, last: u64) -> Result<(), StepErr
     }
 }
 
-fn check_entries(message: &Message) -> Result<(), StepError> {
+fn check_entries(message: &Message, payload_max: usize) -> Result<(), StepError> {
     let malformed = StepError::Entries { index: message.index };
     // Term 0 belongs to index 0 only; elsewhere raft-rs would take it for "beyond my log" and call it a match.
     if (message.log_term == 0) != (message.index == 0) || message.log_term > message.term {
@@ -84,8 +114,7 @@ fn check_entries(message: &Message) -> Result<(), StepError> {
     let (mut index, mut term) = (message.index, message.log_term);
     for entry in message.get_entries() {
         let follows = index.checked_add(1) == Some(entry.index) && entry.index < u64::MAX;
-        let readable = entry.get_entry_type() == EntryType::EntryNormal || read_change(entry).is_some();
-        if !follows || !readable || entry.term < term.max(1) || entry.term > message.term {
+        if !follows || !well_formed(entry, payload_max) || entry.term < term.max(1) || entry.term > message.term {
             return Err(malformed);
         }
         (index, term) = (entry.index, entry.term);
@@ -93,10 +122,29 @@ fn check_entries(message: &Message) -> Result<(), StepError> {
     Ok(())
 }
 
+/// What the log takes: whole blocks with a CRC each, or a membership change we can write.
+fn well_formed(entry: &Entry, payload_max: usize) -> bool {
+    match entry.get_entry_type() {
+        EntryType::EntryNormal => {
+            let (data, context) = (entry.data.len(), entry.context.len());
+            data.is_multiple_of(BLOCK)
+                && data <= payload_max
+                && context >= data / BLOCK * 4
+                && context <= data / BLOCK * 4 + HEADER_MAX
+        }
+        _ => read_change(entry).is_some_and(|change| change.get_changes().len() <= CHANGES_MAX),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
-    use raft::eraftpb::Entry;
+
+    const MAX: usize = 1 << 20;
+
+    fn to(me: u64, last: u64) -> Receiver {
+        Receiver { me, role: StateRole::Follower, last, durable: last, payload_max: MAX }
+    }
 
     fn message(kind: MessageType) -> Message {
         let mut message = Message::default();
@@ -118,12 +166,12 @@ mod tests {
 
     #[test]
     fn takes_what_correct_peers_send() {
-        assert_eq!(check(&append(0, 0, &[(1, 1), (2, 5)]), 1, 0), Ok(()));
-        assert_eq!(check(&append(7, 3, &[]), 1, 3), Ok(()));
+        assert_eq!(check(&append(0, 0, &[(1, 1), (2, 5)]), &to(1, 0)), Ok(()));
+        assert_eq!(check(&append(7, 3, &[]), &to(1, 3)), Ok(()));
         let mut heartbeat = message(MessageType::MsgHeartbeat);
         heartbeat.commit = 3;
-        assert_eq!(check(&heartbeat, 1, 3), Ok(()));
-        assert_eq!(check(&heartbeat, 1, 2), Err(StepError::Lost { commit: 3, last: 2 }));
+        assert_eq!(check(&heartbeat, &to(1, 3)), Ok(()));
+        assert_eq!(check(&heartbeat, &to(1, 2)), Err(StepError::Lost { commit: 3, last: 2 }));
     }
 
     #[test]
@@ -140,23 +188,45 @@ mod tests {
             append(u64::MAX - 1, 3, &[(u64::MAX, 5)]),
         ];
         for message in malformed {
-            let refused = check(&message, 1, 100);
+            let refused = check(&message, &to(1, 100));
             assert_eq!(refused, Err(StepError::Entries { index: message.index }), "{message:?}");
         }
+        let spoilers: [fn(&mut Entry); 5] = [
+            |e| e.data = vec![0; 4096].into(),
+            |e| (e.data, e.context) = (vec![0; 100].into(), vec![0; 4].into()),
+            |e| (e.data, e.context) = (vec![0; MAX + 4096].into(), vec![0; MAX / 1024 + 4].into()),
+            |e| e.context = vec![0; HEADER_MAX + 1].into(),
+            |e| e.set_entry_type(EntryType::EntryConfChange),
+        ];
+        for (i, spoil) in spoilers.iter().enumerate() {
+            let mut message = append(7, 3, &[(8, 5)]);
+            assert_eq!(check(&message, &to(1, 100)), Ok(()));
+            spoil(&mut message.mut_entries()[0]);
+            assert_eq!(check(&message, &to(1, 100)), Err(StepError::Entries { index: 7 }), "spoiler {i}");
+        }
+        let vote = message(MessageType::MsgRequestVoteResponse);
+        assert_eq!(check(&vote, &to(1, 3)), Ok(()));
+        let candidate = Receiver { role: StateRole::Candidate, ..to(1, 3) };
+        assert_eq!(check(&vote, &candidate), Ok(()));
+        assert_eq!(check(&vote, &Receiver { durable: 2, ..candidate }), Err(StepError::Unasked));
         let mut ack = message(MessageType::MsgAppendResponse);
         ack.index = 4;
-        assert_eq!(check(&ack, 1, 3), Err(StepError::Acknowledged { index: 4, last: 3 }));
+        assert_eq!(check(&ack, &to(1, 3)), Ok(()), "late");
+        let leader = Receiver { role: StateRole::Leader, ..to(1, 3) };
+        assert_eq!(check(&ack, &leader), Err(StepError::Acknowledged { index: 4, last: 3 }));
     }
 
     #[test]
     fn refuses_strangers_and_local_kinds() {
-        assert_eq!(check(&message(MessageType::MsgHeartbeat), 3, 0), Err(StepError::Address { from: 2, to: 1 }));
+        assert_eq!(check(&message(MessageType::MsgHeartbeat), &to(3, 0)), Err(StepError::Address { from: 2, to: 1 }));
         for kind in [MessageType::MsgPropose, MessageType::MsgHup, MessageType::MsgSnapshot, MessageType::MsgReadIndex]
         {
-            assert_eq!(check(&message(kind), 1, 0), Err(StepError::Kind(kind)));
+            assert_eq!(check(&message(kind), &to(1, 0)), Err(StepError::Kind(kind)));
         }
         let mut local = message(MessageType::MsgHeartbeat);
         local.term = 0;
-        assert_eq!(check(&local, 1, 0), Err(StepError::NoTerm));
+        assert_eq!(check(&local, &to(1, 0)), Err(StepError::Term(0)));
+        local.term = u64::MAX;
+        assert_eq!(check(&local, &to(1, 0)), Err(StepError::Term(u64::MAX)));
     }
 }
