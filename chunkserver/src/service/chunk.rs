@@ -9,7 +9,7 @@
 
 use super::fence::Update;
 use super::table::Chunk as Method;
-use super::{Context, Handled, Parts, Pending, Step, Ticket, decode};
+use super::{Context, Handled, Parts, Pending, Step, Ticket, with};
 use crate::io::Instant;
 use crate::limits::BLOCK;
 use crate::metrics::{Counter, OpKind};
@@ -17,7 +17,6 @@ use crate::rpc::{Attachment, Call};
 use crate::shard::request::{AdminOp, ChunkOp, Outcome, Reply, ReplyData, RequestOp};
 use bytes::Bytes;
 use copyset::PeerId;
-use proto::Checked;
 use proto::chunkserver::{
     ChunkOpStatus as Status, ChunkRequest, ChunkResponse, CreateS3CloneChunkRequest, CreateS3CloneChunkResponse,
     GetChunkHashRequest, GetChunkHashResponse, GetChunkInfoRequest, GetChunkInfoResponse, UpdateEpochRequest,
@@ -98,19 +97,6 @@ pub(super) fn dispatch(ctx: &Context, now: Instant, ticket: Ticket, method: Meth
             let valid = m.size() == ctx.info().chunk_size;
             unsupported(ctx, now, t, &m, valid)
         }),
-    }
-}
-
-fn with<M: Checked>(
-    ctx: &Context,
-    now: Instant,
-    ticket: Ticket,
-    body: Bytes,
-    serve: impl FnOnce(Ticket, M) -> Handled,
-) -> Handled {
-    match decode(ctx, now, ticket, body) {
-        Ok((ticket, message)) => serve(ticket, message),
-        Err(answer) => answer,
     }
 }
 

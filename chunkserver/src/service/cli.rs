@@ -6,7 +6,7 @@
 //! tell an operator to try another node or later.
 
 use super::table::Cli as Method;
-use super::{Context, Handled, Pending, Step, Ticket, decode};
+use super::{Context, Handled, Pending, Step, Ticket, with};
 use crate::io::Instant;
 use crate::shard::request::{AdminOp, Outcome, Reply, ReplyData, RequestOp};
 use bytes::Bytes;
@@ -37,17 +37,19 @@ pub(super) fn dispatch(ctx: &Context, now: Instant, ticket: Ticket, method: Meth
     // A request that does not parse is EREQUEST, whatever it asks for.
     macro_rules! refuse {
         ($request:ty) => {
-            decode::<$request>(ctx, now, ticket, body).map(|(ticket, _)| {
+            with(ctx, now, ticket, body, |ticket, _: $request| {
                 let text = format!("{method:?} is not supported by this server");
                 ticket.fail(ctx, now, EOPNOTSUPP, &text)
             })
         };
     }
-    let served = match method {
-        Method::GetLeader => decode(ctx, now, ticket, body)
-            .map(|(t, m): (_, wire::GetLeaderRequest2)| leader(t, m.logic_pool_id, m.copyset_id, false)),
-        Method::GetLeaderV1 => decode(ctx, now, ticket, body)
-            .map(|(t, m): (_, wire::GetLeaderRequest)| leader(t, m.logic_pool_id, m.copyset_id, true)),
+    match method {
+        Method::GetLeader => with(ctx, now, ticket, body, |t, m: wire::GetLeaderRequest2| {
+            leader(t, m.logic_pool_id, m.copyset_id, false)
+        }),
+        Method::GetLeaderV1 => {
+            with(ctx, now, ticket, body, |t, m: wire::GetLeaderRequest| leader(t, m.logic_pool_id, m.copyset_id, true))
+        }
         Method::AddPeer => refuse!(wire::AddPeerRequest2),
         Method::RemovePeer => refuse!(wire::RemovePeerRequest2),
         Method::ChangePeers => refuse!(wire::ChangePeersRequest2),
@@ -61,8 +63,7 @@ pub(super) fn dispatch(ctx: &Context, now: Instant, ticket: Ticket, method: Meth
         Method::TransferLeaderV1 => refuse!(wire::TransferLeaderRequest),
         Method::ResetPeerV1 => refuse!(wire::ResetPeerRequest),
         Method::SnapshotV1 => refuse!(wire::SnapshotRequest),
-    };
-    served.unwrap_or_else(|answer| answer)
+    }
 }
 
 pub(super) fn resume(ctx: &Context, now: Instant, waiting: Waiting, reply: &Reply) -> Handled {

@@ -6,7 +6,7 @@
 //! hash (the original's covers its own file headers, so no other implementation can produce it).
 
 use super::table::Copyset as Method;
-use super::{Context, Handled, Pending, Step, Ticket, decode};
+use super::{Context, Handled, Pending, Step, Ticket, with};
 use crate::io::Instant;
 use crate::shard::request::{AdminOp, CopysetStatus, Outcome, Reply, ReplyData, RequestOp};
 use bytes::Bytes;
@@ -37,25 +37,24 @@ enum Want {
 }
 
 pub(super) fn dispatch(ctx: &Context, now: Instant, ticket: Ticket, method: Method, body: Bytes) -> Handled {
-    let served = match method {
-        Method::Create => decode(ctx, now, ticket, body).map(|(t, m)| create(ctx, now, t, &m)),
-        Method::CreateMany => decode(ctx, now, ticket, body).map(|(t, m)| create_many(ctx, now, t, m)),
-        Method::DeleteBroken => decode(ctx, now, ticket, body).map(|(t, m): (_, CopysetRequest)| {
+    match method {
+        Method::Create => with(ctx, now, ticket, body, |t, m| create(ctx, now, t, &m)),
+        Method::CreateMany => with(ctx, now, ticket, body, |t, m| create_many(ctx, now, t, m)),
+        Method::DeleteBroken => with(ctx, now, ticket, body, |t, m: CopysetRequest| {
             ask(t, Want::DeleteBroken, CopysetId::new(m.logic_pool_id, m.copyset_id), AdminOp::CopysetStatus)
         }),
-        Method::Status => decode(ctx, now, ticket, body).map(|(t, m): (_, CopysetStatusRequest)| {
+        Method::Status => with(ctx, now, ticket, body, |t, m: CopysetStatusRequest| {
             ask(t, Want::Status, CopysetId::new(m.logic_pool_id, m.copyset_id), AdminOp::CopysetStatus)
         }),
-        Method::ServerStatus => decode(ctx, now, ticket, body).map(|(t, _): (_, ChunkServerStatusRequest)| {
+        Method::ServerStatus => with(ctx, now, ticket, body, |t, _: ChunkServerStatusRequest| {
             t.reply(ctx, now, &ChunkServerStatusResponse { copyset_load_fin: ctx.is_loaded() })
         }),
-        Method::FollowScanMap => decode(ctx, now, ticket, body).map(|(t, _): (_, FollowScanMapRequest)| {
+        Method::FollowScanMap => with(ctx, now, ticket, body, |t, _: FollowScanMapRequest| {
             // No scan runs here, so no job waits for this map.
             let ret_code = ChunkOpStatus::InvalidRequest.into();
             t.reply(ctx, now, &FollowScanMapResponse { ret_code })
         }),
-    };
-    served.unwrap_or_else(|answer| answer)
+    }
 }
 
 fn ask(ticket: Ticket, want: Want, copyset: CopysetId, op: AdminOp) -> Handled {
