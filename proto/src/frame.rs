@@ -15,11 +15,13 @@
 //! * Each message of a connection is sniffed: an HTTP request becomes [`Step::Http`], after which the decoder waits for
 //!   the next message.
 
-use bytes::{BufMut, Bytes, BytesMut};
+use bytes::{Bytes, BytesMut};
 
+pub use crate::encode::{RequestHead, put_error, put_request, put_response};
 use crate::{
     code,
-    meta::{Outgoing, Part, RpcMeta},
+    meta::RpcMeta,
+    sniff::{Sniff, sniff},
 };
 
 /// Largest body (meta, message and attachment). The default of every brpc; Curve changes it nowhere.
@@ -38,11 +40,7 @@ pub const MAX_ERROR_TEXT: usize = 1024;
 const _: () = assert!(MAX_META + MAX_MESSAGE < MAX_BODY && MAX_BODY <= i32::MAX as usize);
 const _: () = assert!(MAX_ERROR_TEXT + 64 < MAX_META);
 
-const MAGIC: &[u8] = b"PRPC";
-const HTTP_METHODS: [&[u8]; 9] =
-    [b"GET ", b"HEAD ", b"POST ", b"PUT ", b"DELETE ", b"OPTIONS ", b"PATCH ", b"CONNECT ", b"TRACE "];
-const HTTP2: &[u8] = b"PRI ";
-const STREAM: &[u8] = b"STRM";
+pub(crate) const MAGIC: &[u8] = b"PRPC";
 
 /// What one step found.
 #[derive(Debug)]
@@ -317,34 +315,6 @@ fn split(meta: &RpcMeta, payload: usize) -> Result<(usize, usize), RejectReason>
     if message > MAX_MESSAGE { Err(RejectReason::MessageTooLarge(message)) } else { Ok((message, attachment)) }
 }
 
-enum Sniff {
-    Wait,
-    Frame,
-    Http,
-}
-
-/// What protocol a message's first bytes are of.
-fn sniff(first: &[u8]) -> Result<Sniff, FrameError> {
-    // Either one is the other's beginning; decided once `known` is complete.
-    let fits = |known: &[u8]| first.starts_with(known) || known.starts_with(first);
-    if fits(MAGIC) {
-        return Ok(if first.len() < MAGIC.len() { Sniff::Wait } else { Sniff::Frame });
-    }
-    if HTTP_METHODS.iter().any(|method| first.starts_with(method)) {
-        return Ok(Sniff::Http);
-    }
-    if first.starts_with(HTTP2) {
-        return Err(FrameError::Http2);
-    }
-    if first.starts_with(STREAM) {
-        return Err(FrameError::Streaming);
-    }
-    if fits(HTTP2) || fits(STREAM) || HTTP_METHODS.iter().any(|method| fits(method)) {
-        return Ok(Sniff::Wait);
-    }
-    Err(FrameError::UnknownProtocol)
-}
-
 /// Moves bytes from the front of `input` to the front of `place`, as many as there are and fit.
 fn take(input: &mut &[u8], place: &mut [u8]) -> usize {
     let count = input.len().min(place.len());
@@ -375,52 +345,4 @@ fn gather(buffer: &mut BytesMut, input: &mut &[u8], size: usize) -> Option<Bytes
     }
     // What is left of a small buffer serves the next messages; a large one goes with its message.
     Some(if size > BUFFER { std::mem::take(buffer).freeze() } else { buffer.split().freeze() })
-}
-
-/// Who is called, by whom.
-#[derive(Clone, Copy, Debug)]
-pub struct RequestHead<'a> {
-    /// Full name of the service.
-    pub service: &'a str,
-    /// Bare name of the method.
-    pub method: &'a str,
-    /// A number for the callee's logs.
-    pub log_id: Option<i64>,
-    /// Unique among the calls in flight.
-    pub correlation_id: i64,
-}
-
-/// Appends a request up to its attachment, of which the caller sends exactly `attachment_len` bytes next.
-pub fn put_request<M: prost::Message>(out: &mut BytesMut, head: &RequestHead<'_>, message: &M, attachment_len: usize) {
-    let part = Part::Request { service: head.service, method: head.method, log_id: head.log_id };
-    put(out, Outgoing { part, correlation_id: head.correlation_id, attachment_len }, Some(message));
-}
-
-/// Appends a successful response up to its attachment, of which the caller sends exactly `attachment_len` bytes next.
-pub fn put_response<M: prost::Message>(out: &mut BytesMut, correlation_id: i64, message: &M, attachment_len: usize) {
-    let part = Part::Response { error_code: 0, error_text: "" };
-    put(out, Outgoing { part, correlation_id, attachment_len }, Some(message));
-}
-
-/// Appends a whole error response. `code` is not 0; the text is cut to [`MAX_ERROR_TEXT`].
-pub fn put_error(out: &mut BytesMut, correlation_id: i64, code: i32, text: &str) {
-    assert!(code != 0, "an error response without an error");
-    let text = text.get(..text.floor_char_boundary(MAX_ERROR_TEXT)).unwrap_or_default();
-    let part = Part::Response { error_code: code, error_text: text };
-    put(out, Outgoing { part, correlation_id, attachment_len: 0 }, None::<&()>);
-}
-
-fn put<M: prost::Message>(out: &mut BytesMut, meta: Outgoing<'_>, message: Option<&M>) {
-    let meta_size = meta.len();
-    let message_size = message.map_or(0, prost::Message::encoded_len);
-    let body_size = meta_size + message_size + meta.attachment_len;
-    assert!(body_size <= MAX_BODY && meta_size <= MAX_META, "a frame no peer would accept: {body_size} bytes");
-    out.reserve(HEADER + meta_size + message_size);
-    out.put_slice(MAGIC);
-    out.put_u32(body_size as u32);
-    out.put_u32(meta_size as u32);
-    meta.put(out);
-    if let Some(message) = message {
-        message.encode(out).expect("a BytesMut grows");
-    }
 }

@@ -14,12 +14,14 @@
 #![forbid(unsafe_code)]
 
 pub mod code;
+mod encode;
 pub mod frame;
 pub mod meta;
 pub mod nbd;
 pub mod required;
 mod schema;
 pub mod service;
+mod sniff;
 mod wire;
 
 pub use required::{BodyError, Checked, decode};

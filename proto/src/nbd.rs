@@ -9,6 +9,7 @@
 //!
 //! All integers are big-endian. Payloads of WRITE and data of READ never enter this module: the caller moves them.
 
+mod answers;
 pub mod negotiation;
 pub mod transmission;
 

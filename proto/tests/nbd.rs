@@ -107,8 +107,11 @@ fn answer(out: &mut BytesMut, asked: &ClientOption, no_zeroes: bool) -> bool {
     false
 }
 
+/// Option, kind of reply, data.
+type OptionReply = (u32, u32, Vec<u8>);
+
 /// The server's bytes taken apart: option replies without texts and descriptions, then everything else.
-fn replies(mut stream: &[u8], refine: bool) -> (Vec<(u32, u32, Vec<u8>)>, Vec<u8>) {
+fn replies(mut stream: &[u8], refine: bool) -> (Vec<OptionReply>, Vec<u8>) {
     let mut found = Vec::new();
     assert_eq!(stream[..18], negotiation::greeting());
     stream = &stream[18..];
