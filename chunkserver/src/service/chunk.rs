@@ -303,7 +303,7 @@ fn finish_op(
     ticket: Ticket,
     kind: OpKind,
     size: u32,
-    mut status: Status,
+    status: Status,
     reply: Reply,
 ) -> Handled {
     let mut data = match reply.data {
@@ -318,9 +318,6 @@ fn finish_op(
     }
     if status == Status::Overload {
         ctx.metrics().add(Counter::Overloads, 1);
-    } else if status == Status::CrcFail && kind == OpKind::Write {
-        // A payload that rotted between entry and log: nothing was written.
-        status = Status::FailureUnknown;
     }
     let metrics = ctx.metrics().op(kind);
     // As the original counts: an absent chunk is no failure of a read.

@@ -259,5 +259,7 @@ fn process(vars: &mut Vars, ctx: &Context, now: Instant) {
     vars.int("process_memory_virtual", stats.virtual_bytes);
     vars.int("process_thread_count", stats.threads);
     vars.int("process_fd_count", stats.fds);
-    vars.set("process_uptime", Var::Float(stats.uptime_us as f64 / 1e6));
+    let uptime = stats.uptime_us as f64 / 1e6;
+    vars.set("process_uptime", Var::Float(uptime));
+    vars.set(format!("rpc_server_{}_uptime", ctx.info().peer.port()), Var::Float(uptime));
 }

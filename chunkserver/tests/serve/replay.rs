@@ -55,10 +55,10 @@ fn hex(text: &str) -> Vec<u8> {
 
 /// appliedIndex of two runs: both there or neither.
 fn without_numbers(mut response: Response, method: &str) -> Response {
-    if matches!(method, "WriteChunk" | "ReadChunk" | "DeleteChunk") {
-        if let Some(values) = response.message.get_mut(&3) {
-            *values = vec![Value::Int(1)];
-        }
+    if matches!(method, "WriteChunk" | "ReadChunk" | "DeleteChunk")
+        && let Some(values) = response.message.get_mut(&3)
+    {
+        *values = vec![Value::Int(1)];
     }
     response.error_text.clear();
     response
