@@ -105,8 +105,7 @@ impl Recorder {
 }
 
 /// Quantiles brpc shows, in thousandths of a percent.
-pub const QUANTILES: [(&str, f64); 5] =
-    [("80", 0.8), ("90", 0.9), ("99", 0.99), ("999", 0.999), ("9999", 0.9999)];
+pub const QUANTILES: [(&str, f64); 5] = [("80", 0.8), ("90", 0.9), ("99", 0.99), ("999", 0.999), ("9999", 0.9999)];
 
 /// What a reader sees of one or more recorders.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]

@@ -205,7 +205,10 @@ mod tests {
     #[test]
     fn names_are_spelled_as_bvar_does() {
         assert_eq!(underscored("chunkserver_127.0.0.1:8402"), "chunkserver_127_0_0_1_8402");
-        assert_eq!(underscored("curve.chunkserver.ChunkService.ReadChunk"), "curve_chunkserver_chunk_service_read_chunk");
+        assert_eq!(
+            underscored("curve.chunkserver.ChunkService.ReadChunk"),
+            "curve_chunkserver_chunk_service_read_chunk"
+        );
         assert_eq!(underscored("curve.chunkserver.CliService2.AddPeer"), "curve_chunkserver_cli_service2_add_peer");
         assert_eq!(underscored("trash.expire_afterSec"), "trash_expire_after_sec");
     }
@@ -235,10 +238,7 @@ mod tests {
         vars.method_recorder("rpc_server_1_m", &Summary { count: 4, mean: 2000, max: 9000, ..Summary::default() });
         assert_eq!(vars.page(Some("b_num;nothing")).unwrap(), "b_num : 3\n");
         assert_eq!(vars.page(Some("curve_*")).unwrap(), "curve_version : \"2.7.0\"\n");
-        assert_eq!(
-            vars.page(Some("a_conf")).unwrap(),
-            "a_conf : \"{\"conf_name\":\"x\",\"conf_value\":\"1GB\"}\"\n"
-        );
+        assert_eq!(vars.page(Some("a_conf")).unwrap(), "a_conf : \"{\"conf_name\":\"x\",\"conf_value\":\"1GB\"}\"\n");
         assert!(vars.page(Some("nothing")).is_none());
         assert!(vars.page(None).unwrap().contains("rpc_server_1_m_max_latency : 9\n"));
         let prometheus = vars.prometheus();

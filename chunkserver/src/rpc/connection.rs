@@ -15,7 +15,7 @@ use crate::io::buffer::{Arena, PoolBuf};
 use crate::limits::{
     BLOCK, CONNECTION_BYTES_MAX, CONNECTION_REQUESTS_MAX, IGNORED_ATTACHMENT_BYTES_MAX, REQUEST_OVERHEAD_BYTES,
 };
-use bytes::{Bytes, BytesMut};
+use bytes::Bytes;
 use proto::code;
 use proto::frame::{self, Decoder, FrameError, FrameHead, Step};
 use smallvec::SmallVec;
@@ -434,10 +434,7 @@ impl Connection {
     /// Nothing is owed to the peer and nothing was begun: it may be closed at any time.
     #[must_use]
     pub fn is_idle(&self) -> bool {
-        self.requests == 0
-            && self.backlog_bytes() == 0
-            && matches!(self.state, State::Frames)
-            && self.decoder.is_idle()
+        self.requests == 0 && self.backlog_bytes() == 0 && matches!(self.state, State::Frames) && self.decoder.is_idle()
     }
 
     /// The last reply said so, and everything owed has been sent: close it now.
@@ -453,15 +450,5 @@ fn unknown(code: i32, service: &[u8], method: &[u8]) -> String {
     match code {
         code::ENOSERVICE => format!("Fail to find service={service}"),
         _ => format!("Fail to find method={service}/{method}"),
-    }
-}
-
-impl Reject {
-    /// The error reply.
-    #[must_use]
-    pub fn reply(&self) -> Out {
-        let mut head = BytesMut::new();
-        frame::put_error(&mut head, self.correlation_id, self.code, &self.text);
-        Out { head: head.freeze(), cost: self.cost, ..Out::default() }
     }
 }

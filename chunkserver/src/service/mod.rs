@@ -162,9 +162,7 @@ pub fn dispatch(ctx: &Context, now: Instant, call: Call) -> Handled {
         Method::Chunk(method) => chunk::dispatch(ctx, now, ticket, method, call),
         Method::Copyset(method) => copyset::dispatch(ctx, now, ticket, method, call.body),
         Method::Cli(method) => cli::dispatch(ctx, now, ticket, method, call.body),
-        Method::RaftStat => {
-            Handled::AllShards { op: AdminOp::ListCopysets, pending: Pending(Step::RaftStat(ticket)) }
-        }
+        Method::RaftStat => Handled::AllShards { op: AdminOp::ListCopysets, pending: Pending(Step::RaftStat(ticket)) },
     }
 }
 
@@ -194,14 +192,20 @@ pub fn resume_all(ctx: &Context, now: Instant, pending: Pending, replies: Vec<Re
     }
 }
 
-/// Decode a message or answer EREQUEST.
-fn decode<M: Checked>(ctx: &Context, now: Instant, ticket: Ticket, body: Bytes) -> Result<(Ticket, M), Handled> {
+/// Decode a message and serve it, or answer EREQUEST.
+fn with<M: Checked>(
+    ctx: &Context,
+    now: Instant,
+    ticket: Ticket,
+    body: Bytes,
+    serve: impl FnOnce(Ticket, M) -> Handled,
+) -> Handled {
     let size = body.len();
     match proto::decode(body) {
-        Ok(message) => Ok((ticket, message)),
+        Ok(message) => serve(ticket, message),
         Err(why) => {
             let text = format!("Fail to parse request message, CompressType=none, request_size={size}: {why}");
-            Err(ticket.fail(ctx, now, code::EREQUEST, &text))
+            ticket.fail(ctx, now, code::EREQUEST, &text)
         }
     }
 }
