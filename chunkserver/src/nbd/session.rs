@@ -52,6 +52,10 @@ impl Default for Limits {
 
 /// What the caller is to do.
 #[derive(Debug)]
+#[expect(
+    clippy::large_enum_variant,
+    reason = "nearly every event is the large one; a box would be an allocation per I/O"
+)]
 pub enum NbdEvent {
     /// Run it; then [`Session::done`] with this id.
     Io {
