@@ -11,36 +11,53 @@ use std::collections::VecDeque;
 pub const SEND_BUFS_MAX: usize = 16;
 /// Room made at a time for small replies.
 const GATHER_BYTES: usize = 1024;
+/// Less room than this makes more.
+const ROOM_MIN: usize = 64;
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Kind {
+    Reply,
+    Data,
+}
 
 #[derive(Debug, Default)]
 pub(super) struct Outbox {
-    queue: VecDeque<Bytes>,
+    queue: VecDeque<(Kind, Bytes)>,
     /// Small replies after the last of `queue`.
     tail: BytesMut,
     queued: usize,
+    /// Of them small replies.
+    replies: usize,
     sending: usize,
 }
 
 impl Outbox {
     /// Append a few bytes.
     pub(super) fn put(&mut self, bytes: &[u8]) {
-        if self.tail.capacity() - self.tail.len() < bytes.len() {
-            self.tail.reserve(bytes.len().max(GATHER_BYTES));
+        self.write(|tail| tail.extend_from_slice(bytes));
+    }
+
+    /// Append what `fill` appends to the buffer it is given.
+    pub(super) fn write(&mut self, fill: impl FnOnce(&mut BytesMut)) {
+        if self.tail.capacity() - self.tail.len() < ROOM_MIN {
+            self.tail.reserve(GATHER_BYTES);
         }
-        self.tail.extend_from_slice(bytes);
-        self.queued += bytes.len();
+        let before = self.tail.len();
+        fill(&mut self.tail);
+        self.queued += self.tail.len() - before;
+        self.replies += self.tail.len() - before;
     }
 
     /// Append shared data.
     pub(super) fn share(&mut self, data: Bytes) {
         self.close_tail();
         self.queued += data.len();
-        self.queue.push_back(data);
+        self.queue.push_back((Kind::Data, data));
     }
 
     fn close_tail(&mut self) {
         if !self.tail.is_empty() {
-            self.queue.push_back(self.tail.split().freeze());
+            self.queue.push_back((Kind::Reply, self.tail.split().freeze()));
         }
     }
 
@@ -48,10 +65,13 @@ impl Outbox {
     pub(super) fn take(&mut self) -> SmallVec<[Bytes; SEND_BUFS_MAX]> {
         self.close_tail();
         let count = self.queue.len().min(SEND_BUFS_MAX);
-        let bufs: SmallVec<[Bytes; SEND_BUFS_MAX]> = self.queue.drain(..count).collect();
-        let bytes: usize = bufs.iter().map(Bytes::len).sum();
-        self.queued -= bytes;
-        self.sending += bytes;
+        let mut bufs = SmallVec::new();
+        for (kind, bytes) in self.queue.drain(..count) {
+            self.queued -= bytes.len();
+            self.sending += bytes.len();
+            self.replies -= if kind == Kind::Reply { bytes.len() } else { 0 };
+            bufs.push(bytes);
+        }
         bufs
     }
 
@@ -63,6 +83,11 @@ impl Outbox {
     /// Bytes queued or in flight.
     pub(super) fn bytes(&self) -> usize {
         self.queued + self.sending
+    }
+
+    /// Bytes of small replies queued.
+    pub(super) fn reply_bytes(&self) -> usize {
+        self.replies
     }
 
     /// Whether all is sent.
@@ -89,7 +114,7 @@ mod tests {
                 want.extend_from_slice(&shared);
             }
         }
-        assert_eq!(out.bytes(), want.len());
+        assert_eq!((out.bytes(), out.reply_bytes()), (want.len(), 40 * 16));
         let mut got = Vec::new();
         loop {
             let bufs = out.take();
@@ -101,5 +126,6 @@ mod tests {
             out.sent();
         }
         assert!(got == want && out.is_empty());
+        assert_eq!(out.reply_bytes(), 0);
     }
 }

@@ -127,6 +127,15 @@ impl Catalog {
         Self { next_id: 1, ..Self::default() }
     }
 
+    /// A catalog of these volumes that is on no disk (for a simulator).
+    #[must_use]
+    pub fn of(volumes: impl IntoIterator<Item = Arc<Volume>>) -> Self {
+        let by_name = |volume: Arc<Volume>| (volume.name().to_owned(), volume);
+        let volumes: BTreeMap<_, _> = volumes.into_iter().map(by_name).collect();
+        let next_id = volumes.values().map(|v| v.id().saturating_add(1)).max().unwrap_or(1);
+        Self { next_id, volumes, ..Self::default() }
+    }
+
     /// Counts changes.
     #[must_use]
     pub const fn generation(&self) -> u64 {

@@ -572,6 +572,7 @@ mod tests {
                 Progress::Retry { after_ms } => {
                     assert!(io.next_part(now).is_none(), "not yet");
                     waits.push(after_ms);
+                    assert!(waits.len() < 20, "the deadline has passed");
                     now = io.wake_at().unwrap();
                 }
                 Progress::Done(result) => break result.unwrap_err(),
