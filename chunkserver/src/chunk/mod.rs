@@ -23,8 +23,8 @@ mod tests;
 
 pub use bitmap::Bitmap;
 pub use layout::{FLAG_SPARSE, Layout, LayoutError, Params, SuperblockError, VERSION, shard_of};
-pub use load::{LoadError, LoadReport, Loader, READ_BYTES_MAX, ReadFailed};
-pub use meta::{ChunkMeta, ChunkSnapshot, CloneMeta, LOCATION_INLINE_MAX, MetaError, Metapage};
+pub use load::{Known, LoadError, LoadReport, Loader, READ_BYTES_MAX, ReadFailed};
+pub use meta::{ChunkMeta, ChunkSnapshot, CloneMeta, Content, LOCATION_INLINE_MAX, MetaError, Metapage, Tombstone};
 pub use pool::{ExtentConflict, ExtentPool};
 pub use read::{Piece, PlanKey, ReadPlan, Verified};
 pub use store::{ApplyError, ApplyOp, Counters, Store, StoreConfig};

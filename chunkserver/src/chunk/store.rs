@@ -4,11 +4,16 @@
 //! was committed whatever the chunk's version says. After a crash the metapages may be newer than the checkpoint that
 //! replay starts from, and data, CRC page and metapage of one round may be durable in any combination; doing every
 //! entry again, in order, is what makes them agree (rule 10).
+//!
+//! The only entries replay leaves out are those of lives of a chunk that the disk knows to be over: before the creation
+//! of the life that is there, or up to the deletion that a tombstone tells of. That is why replay never needs more slots
+//! than the crashed run had taken: a life whose end is durable takes none, any other takes one, as it did then, and
+//! no slot changes hands before a checkpoint covers the Delete.
 
 use super::admit::{self, Admission, Change, ChunkView};
 use super::bitmap::Bitmap;
 use super::layout::Layout;
-use super::meta::ChunkMeta;
+use super::meta::{ChunkMeta, Tombstone};
 use super::overlay::{Dirty, Overlay, Pins};
 use super::pool::{SlotHistory, Slots};
 use super::read::{self, PlanKey, ReadPlan, Verified};
@@ -118,8 +123,9 @@ pub struct Counters {
 pub(super) struct Grave {
     pub(super) slot: u32,
     pub(super) history: SlotHistory,
-    /// Copyset and index of the Delete that a checkpoint must cover.
-    pub(super) waits_for: Option<(CopysetId, u64)>,
+    pub(super) tomb: Tombstone,
+    /// A checkpoint must cover `tomb.deleted_index` first.
+    pub(super) waits: bool,
     pub(super) stage: GraveStage,
 }
 
@@ -155,6 +161,8 @@ pub struct Store {
     pub(super) dirty: BTreeSet<u32>,
     pub(super) dirty_since: Option<u64>,
     pub(super) graves: Vec<Grave>,
+    /// While replaying: chunks whose deletion up to this index is on the disk already.
+    pub(super) gone: FxHashMap<(CopysetId, u64), u64>,
     pub(super) round: Option<Round>,
     pub(super) counters: Counters,
 }
@@ -174,6 +182,7 @@ impl Store {
             dirty: BTreeSet::new(),
             dirty_since: None,
             graves: Vec::new(),
+            gone: FxHashMap::default(),
             round: None,
             counters: Counters::default(),
         }
@@ -197,8 +206,8 @@ impl Store {
             self.bury(slot, None);
         }
         for grave in &mut self.graves {
-            if grave.waits_for.is_some_and(|(owner, _)| owner == copyset) {
-                grave.waits_for = None;
+            if grave.tomb.copyset == copyset {
+                grave.waits = false;
             }
         }
         self.copysets.remove(&copyset);
@@ -209,6 +218,7 @@ impl Store {
     /// are handed out to [`Store::admit`].
     pub fn replay_done(&mut self) {
         self.slots.replay_done();
+        self.gone = FxHashMap::default();
     }
 
     /// Decide the outcome of `op` before it is proposed. `Ok` for operations that are not proposed means that their
@@ -271,6 +281,9 @@ impl Store {
             ApplyOp::Delete => Change::Delete,
         };
         self.admission.settle(key, change, &mut self.slots);
+        if self.gone.get(&key).is_some_and(|&deleted| index <= deleted) {
+            return Ok(());
+        }
         let slot = self.index.get(&key).copied();
         // Replay of a former life of this chunk: its Delete is in the log too, and behind it the creation of this one.
         if slot.and_then(|slot| self.chunks.get(&slot)).is_some_and(|c| c.meta.created_index > index) {
@@ -292,7 +305,7 @@ impl Store {
             }
             ApplyOp::Delete => {
                 if let Some(slot) = slot {
-                    self.bury(slot, Some((copyset, index)));
+                    self.bury(slot, Some(index));
                     self.dirty_since.get_or_insert(now);
                 }
                 Ok(())
@@ -341,7 +354,7 @@ impl Store {
         chunk.meta.sn = chunk.meta.sn.max(sn);
         let mut at = self.pins.hold(payload);
         for (block, &crc) in (offset / BLOCK as u32..).zip(crcs) {
-            chunk.overlay.put(&mut self.pins, block, Dirty { at, crc, index, oldest: index });
+            chunk.overlay.put(&mut self.pins, block, Dirty { at, crc, index, oldest: index, captured: false });
             at = at.next();
         }
         self.dirty.insert(slot);
@@ -360,8 +373,9 @@ impl Store {
         self.dirty_since.get_or_insert(now);
     }
 
-    /// The chunk in `slot` is gone: forget it and queue its tombstone.
-    pub(super) fn bury(&mut self, slot: u32, waits_for: Option<(CopysetId, u64)>) {
+    /// The chunk in `slot` is gone: forget it and queue its tombstone. `deleted_index`: what a checkpoint must cover
+    /// before the slot is reusable; `None` when replay cannot bring the chunk back.
+    pub(super) fn bury(&mut self, slot: u32, deleted_index: Option<u64>) {
         let Some(mut chunk) = self.chunks.remove(&slot) else { return };
         chunk.overlay.drop_range(&mut self.pins, 0..u32::MAX);
         let key = (chunk.meta.copyset, chunk.meta.chunk);
@@ -374,7 +388,15 @@ impl Store {
         }
         self.dirty.remove(&slot);
         let history = SlotHistory { generation: chunk.generation, page: chunk.page };
-        self.graves.push(Grave { slot, history, waits_for, stage: GraveStage::Open });
+        let tomb = Tombstone {
+            copyset: chunk.meta.copyset,
+            incarnation: chunk.meta.incarnation,
+            chunk: chunk.meta.chunk,
+            created_index: chunk.meta.created_index,
+            deleted_index: deleted_index.unwrap_or(0),
+        };
+        let waits = deleted_index.is_some();
+        self.graves.push(Grave { slot, history, tomb, waits, stage: GraveStage::Open });
         if let Some(round) = &mut self.round {
             round.orphan(slot, chunk);
         }
@@ -384,7 +406,7 @@ impl Store {
     pub(super) fn release_graves(&mut self) {
         let slots = &mut self.slots;
         self.graves.retain(|grave| {
-            let done = grave.stage == GraveStage::Closed && grave.waits_for.is_none();
+            let done = grave.stage == GraveStage::Closed && !grave.waits;
             if done {
                 slots.release(grave.slot, grave.history);
             }
@@ -396,8 +418,8 @@ impl Store {
     /// their tombstones are durable as well.
     pub fn checkpoint_durable(&mut self, copyset: CopysetId, index: u64) {
         for grave in &mut self.graves {
-            if grave.waits_for.is_some_and(|(owner, deleted)| owner == copyset && deleted <= index) {
-                grave.waits_for = None;
+            if grave.tomb.copyset == copyset && grave.tomb.deleted_index <= index {
+                grave.waits = false;
             }
         }
         self.release_graves();
@@ -483,11 +505,12 @@ impl Store {
         running.into_iter().chain(self.dirty_since).min()
     }
 
-    /// Lowest index of `copyset` that is in memory only.
+    /// Lowest index of `copyset` whose data is in memory only and not part of the running round. After a round it is
+    /// above every index the round allows to checkpoint.
     #[must_use]
     pub fn oldest_unwritten(&self, copyset: CopysetId) -> Option<u64> {
         let own = self.chunks.values().filter(|c| c.meta.copyset == copyset);
-        own.flat_map(|c| c.overlay.iter().map(|(_, dirty)| dirty.oldest)).min()
+        own.flat_map(|c| c.overlay.iter().filter(|(_, d)| !d.captured).map(|(_, d)| d.oldest)).min()
     }
 
     /// Chunks one copy of whose metapage was unreadable at start and that no replayed entry touched. A torn write is

@@ -9,7 +9,7 @@
 //! the first operation (rule 10). A failed write or sync is fatal for the disk: there is no way to say so here.
 
 use super::crcpage;
-use super::meta::{self, ChunkMeta};
+use super::meta::{self, Content};
 use super::overlay::PinRef;
 use super::pool::SlotHistory;
 use super::store::{Chunk, GraveStage, Store};
@@ -74,7 +74,7 @@ struct PageRef {
 #[derive(Debug)]
 struct Image {
     generation: u64,
-    chunk: Option<ChunkMeta>,
+    content: Content,
 }
 
 #[derive(Debug)]
@@ -165,7 +165,7 @@ impl Store {
             let Some(chunk) = self.chunks.get_mut(&slot) else { continue };
             let mut meta = chunk.meta.clone();
             let mut last_page = None;
-            for (block, dirty) in chunk.overlay.iter() {
+            for (block, dirty) in chunk.overlay.capture() {
                 self.pins.share(dirty.at);
                 let (at, crc, index) = (dirty.at, dirty.crc, dirty.index);
                 round.blocks.push(Captured { slot, block, at, crc, index });
@@ -184,7 +184,7 @@ impl Store {
             round.pages.push(PageRef { offset, slot, page_generation: chunk.page, kind: PageKind::Meta });
             let highest = commits.entry(meta.copyset).or_default();
             *highest = meta.applied_index.max(*highest);
-            round.images.insert(slot, Image { generation: chunk.generation, chunk: Some(meta) });
+            round.images.insert(slot, Image { generation: chunk.generation, content: Content::Chunk(meta) });
         }
     }
 
@@ -196,10 +196,10 @@ impl Store {
             let offset = self.layout.metapage_offset(grave.slot, page);
             let slot = grave.slot;
             round.pages.push(PageRef { offset, slot, page_generation: page, kind: PageKind::Meta });
-            round.images.insert(slot, Image { generation, chunk: None });
-            if let Some((copyset, index)) = grave.waits_for {
-                let highest = commits.entry(copyset).or_default();
-                *highest = index.max(*highest);
+            round.images.insert(slot, Image { generation, content: Content::Tombstone(grave.tomb) });
+            if grave.waits {
+                let highest = commits.entry(grave.tomb.copyset).or_default();
+                *highest = grave.tomb.deleted_index.max(*highest);
             }
         }
     }
@@ -288,8 +288,7 @@ impl Store {
             let (slot, generation) = (page.slot, image.generation);
             match page.kind {
                 PageKind::Meta => {
-                    let chunk = image.chunk.as_ref();
-                    meta::encode(&self.layout, slot, generation, page.page_generation, chunk, out);
+                    meta::encode(&self.layout, slot, generation, page.page_generation, &image.content, out);
                 }
                 PageKind::Crc(number) => {
                     let chunk = self.chunks.get(&slot).or_else(|| round.orphans.get(&slot));
