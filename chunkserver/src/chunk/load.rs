@@ -4,12 +4,13 @@
 //! Of two valid copies of a page the newer one counts; a torn one leaves the other. A slot both of whose copies are
 //! unreadable is put out of use and counted. A page of a newer format refuses the disk.
 
+use super::apply::{Grave, GraveStage};
 use super::crcpage;
 use super::layout::{Layout, META_PAIR, shard_of};
 use super::meta::{self, ChunkMeta, Content, MetaError, Metapage, Tombstone};
 use super::page::{self, Page, u64_at};
 use super::pool::{ExtentConflict, ExtentPool, ScanView, SlotHistory, Slots};
-use super::store::{Chunk, CopysetState, Grave, GraveStage, Store, StoreConfig};
+use super::store::{Chunk, CopysetState, Store, StoreConfig};
 use raftlog::{BLOCK, CopysetId};
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::Arc;

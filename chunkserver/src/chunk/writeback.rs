@@ -8,11 +8,12 @@
 //! The caller must have a log record durable with commit ≥ every index in [`RoundStart::commits`] before it asks for
 //! the first operation (rule 10). A failed write or sync is fatal for the disk: there is no way to say so here.
 
+use super::apply::GraveStage;
 use super::crcpage;
 use super::meta::{self, Content};
 use super::overlay::PinRef;
 use super::pool::SlotHistory;
-use super::store::{Chunk, GraveStage, Store};
+use super::store::{Chunk, Store};
 use crate::io::Bufs;
 use crate::io::buffer::PoolBuf;
 use raftlog::{BLOCK, CopysetId};
