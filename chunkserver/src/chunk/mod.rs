@@ -1,9 +1,9 @@
 //! The chunk store: where the chunks of a shard are on the disk, what of them is still in memory, and how it gets from
 //! there to their slots. Sans-I/O: callers perform the reads and writes asked for and report back.
 //!
-//! Reading order: `layout` (the map of a disk), `meta` and `crcpage` (what is written about a slot), `store` and `apply`
-//! (what a chunk is asked), `overlay` (blocks in memory), `writeback` (the round that empties it), `load` (start-up), `pool` (who
-//! gets which slots). Byte formats: docs/formats.md.
+//! Reading order: `layout` (the map of a disk), `meta` and `crcpage` (what is written about a slot), `admit`, `store`,
+//! `apply` and `read` (what a chunk is asked), `overlay` (blocks in memory), `writeback` (the round that empties it),
+//! `load` (start-up), `pool` (who gets which slots). Byte formats: docs/formats.md.
 
 mod admit;
 mod apply;

@@ -231,6 +231,11 @@ impl Slots {
         self.replaying
     }
 
+    /// Every shard has loaded.
+    pub(super) fn all_loaded(&self) -> bool {
+        self.pool.is_loaded()
+    }
+
     fn grow(&mut self) -> Result<(), NoSlot> {
         let extent = self.pool.take(self.shard, self.replaying)?;
         self.adopt(&extent, |_| false);

@@ -131,9 +131,10 @@ impl Store {
     /// the end. `None` when there is nothing to write: `applied` is on the disk already.
     ///
     /// # Panics
-    /// While a round is under way.
+    /// While a round is under way, or before [`ExtentPool::is_loaded`](super::ExtentPool::is_loaded).
     pub fn begin_round(&mut self, applied: &[(CopysetId, u64)]) -> Option<RoundStart> {
         assert!(self.round.is_none(), "rounds do not overlap");
+        assert!(self.slots.all_loaded(), "no shard writes metapages while another one still reads them");
         let graves = self.graves.iter().any(|grave| grave.stage == GraveStage::Open);
         if self.dirty.is_empty() && !graves {
             return None;

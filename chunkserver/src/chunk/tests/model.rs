@@ -241,14 +241,14 @@ impl World {
 #[test]
 fn reads_equal_the_model_through_crashes() {
     let (mut crashes, mut no_space) = (0, 0);
-    for seed in 0..std::env::var("SEEDS").map_or(40, |n| n.parse().unwrap()) {
+    for seed in 0..30 {
         // Fewer slots than chunks, so that slots are recycled and run out.
         let mut world = World::new(seed, 64 << 10, 12);
         world.run(1500, 8);
         crashes += world.crashes;
         no_space += world.no_space;
     }
-    assert!(crashes > 400 && no_space > 0, "{crashes} crashes, {no_space} refusals");
+    assert!(crashes > 300 && no_space > 0, "{crashes} crashes, {no_space} refusals");
 }
 
 #[test]
