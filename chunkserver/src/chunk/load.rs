@@ -4,9 +4,10 @@
 //! Of two valid copies of a page the newer one counts; a torn one leaves the other. A slot both of whose copies are
 //! unreadable is put out of use and counted. A page of a newer format refuses the disk.
 
+use super::apply::{Grave, GraveStage};
 use super::crcpage;
 use super::layout::{Layout, META_PAIR, shard_of};
-use super::meta::{self, MetaError, Metapage};
+use super::meta::{self, ChunkMeta, Content, MetaError, Metapage, Tombstone};
 use super::page::{self, Page, u64_at};
 use super::pool::{ExtentConflict, ExtentPool, ScanView, SlotHistory, Slots};
 use super::store::{Chunk, CopysetState, Store, StoreConfig};
@@ -21,6 +22,15 @@ pub const READ_BYTES_MAX: usize = 1 << 20;
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("read failed")]
 pub struct ReadFailed;
+
+/// What the log knows of a copyset.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Known {
+    /// Its life.
+    pub incarnation: u64,
+    /// Applied index of its newest checkpoint.
+    pub checkpoint: u64,
+}
 
 /// Why a disk cannot be loaded.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
@@ -86,6 +96,7 @@ pub struct Loader {
     first: Option<Copy>,
     view: ScanView,
     chunks: BTreeMap<u32, Chunk>,
+    tombs: BTreeMap<u32, Tombstone>,
     report: LoadReport,
     error: Option<LoadError>,
 }
@@ -106,12 +117,9 @@ impl Loader {
             stage: Stage::Meta,
             reads,
             first: None,
-            view: ScanView {
-                history: vec![SlotHistory::default(); slots],
-                owner: vec![None; slots],
-                quarantined: BTreeSet::new(),
-            },
+            view: ScanView { history: vec![SlotHistory::default(); slots], quarantined: BTreeSet::new() },
             chunks: BTreeMap::new(),
+            tombs: BTreeMap::new(),
             report: LoadReport::default(),
             error: None,
         }
@@ -211,15 +219,19 @@ impl Loader {
                 return;
             }
         };
-        let Metapage { generation, page, chunk, .. } = *found;
-        let at = slot as usize;
-        self.view.history[at] = SlotHistory { generation, page };
-        let Some(meta) = chunk else { return };
-        let shard = shard_of(meta.copyset, self.layout.shards);
-        self.view.owner[at] = Some(shard);
-        if shard != self.shard {
-            return;
+        let Metapage { generation, page, content, .. } = *found;
+        self.view.history[slot as usize] = SlotHistory { generation, page };
+        let ours = |copyset| shard_of(copyset, self.layout.shards) == self.shard;
+        match content {
+            Content::Chunk(meta) if ours(meta.copyset) => self.chunk(slot, meta, generation, page, &other),
+            Content::Tombstone(tomb) if ours(tomb.copyset) => {
+                self.tombs.insert(slot, tomb);
+            }
+            _ => {}
         }
+    }
+
+    fn chunk(&mut self, slot: u32, meta: ChunkMeta, generation: u64, page: u64, other: &Copy) {
         let mut chunk = Chunk::new(&self.layout, meta, generation, page);
         // A damaged copy that claims to be the one before is history, whatever damaged it.
         chunk.suspect = match other {
@@ -247,26 +259,37 @@ impl Loader {
         }
     }
 
-    /// The store, ready for replay. `known` gives the incarnation of each copyset the log knows; chunks of others are
-    /// freed. Every copyset of the shard must then be added with [`Store::add_copyset`].
+    /// The store. `known` answers for the copysets the log knows; chunks of others are freed. Every copyset of the shard
+    /// must then be added with [`Store::add_copyset`], and replay may start when [`ExtentPool::is_loaded`].
     ///
     /// # Errors
     /// When the disk must not be used.
-    pub fn finish(mut self, known: &dyn Fn(CopysetId) -> Option<u64>) -> Result<(Store, LoadReport), LoadError> {
+    pub fn finish(mut self, known: &dyn Fn(CopysetId) -> Option<Known>) -> Result<(Store, LoadReport), LoadError> {
         if let Some(error) = self.error {
             return Err(error);
         }
         if self.stage == Stage::Meta || !self.reads.is_empty() {
             return Err(LoadError::Unfinished);
         }
-        self.pool.publish(&self.view)?;
+        // A tombstone keeps its slot only while replay may need it.
+        self.tombs.retain(|_, tomb| {
+            known(tomb.copyset).is_some_and(|k| k.incarnation == tomb.incarnation && k.checkpoint < tomb.deleted_index)
+        });
+        let used = |slot| self.chunks.contains_key(&slot) || self.tombs.contains_key(&slot);
+        let own = self.pool.publish(self.shard, &self.view, &used)?;
         self.report.quarantined = self.view.quarantined.len() as u64;
         self.report.crc_pages_lost = self.chunks.values().map(pages_lost).sum();
         let mut slots = Slots::new(Arc::clone(&self.pool), self.shard);
-        for extent in self.pool.owned_by(self.shard) {
-            slots.adopt(&extent, |slot| self.chunks.contains_key(&slot));
+        for extent in &own {
+            slots.adopt(extent, used);
         }
         let mut store = Store::empty(self.layout, self.config, slots);
+        for (slot, tomb) in self.tombs {
+            let history = self.view.history.get(slot as usize).copied().unwrap_or_default();
+            let gone = store.gone.entry((tomb.copyset, tomb.chunk)).or_default();
+            *gone = tomb.deleted_index.max(*gone);
+            store.graves.push(Grave { slot, history, tomb, waits: true, stage: GraveStage::Closed });
+        }
         for (slot, chunk) in self.chunks {
             index_chunk(&mut store, slot, chunk, known, &mut self.report);
         }
@@ -280,7 +303,7 @@ fn index_chunk(
     store: &mut Store,
     slot: u32,
     chunk: Chunk,
-    known: &dyn Fn(CopysetId) -> Option<u64>,
+    known: &dyn Fn(CopysetId) -> Option<Known>,
     report: &mut LoadReport,
 ) {
     let (copyset, incarnation) = (chunk.meta.copyset, chunk.meta.incarnation);
@@ -288,7 +311,7 @@ fn index_chunk(
     let rank = (chunk.meta.created_index, chunk.generation);
     store.chunks.insert(slot, chunk);
     store.copysets.entry(copyset).or_insert(CopysetState { incarnation, chunks: 0 }).chunks += 1;
-    if known(copyset) != Some(incarnation) {
+    if known(copyset).is_none_or(|k| k.incarnation != incarnation) {
         report.orphaned += 1;
         store.bury(slot, None);
         forget_if_empty(store, copyset);
@@ -298,16 +321,20 @@ fn index_chunk(
     if let Some(state) = store.copysets.get_mut(&copyset) {
         state.incarnation = incarnation;
     }
+    // Its own tombstone is lost, but a later life has one.
+    if let Some(&deleted) = store.gone.get(&key).filter(|&&deleted| deleted >= rank.0) {
+        report.superseded += 1;
+        return store.bury(slot, Some(deleted));
+    }
     let rival = store.index.get(&key).copied();
     let rival_rank = rival.and_then(|r| store.chunks.get(&r)).map(|c| (c.meta.created_index, c.generation));
-    // The later life of the chunk is the chunk; the tombstone of the earlier one did not make it.
+    // The later life of the chunk is the chunk; the tombstone of the earlier one did not make it. Its Delete is before
+    // the later creation.
     report.superseded += u64::from(rival.is_some());
-    if rival_rank.is_some_and(|other| other >= rank) {
-        store.bury(slot, None);
-        return;
-    }
-    if let Some(rival) = rival {
-        store.bury(rival, None);
+    match rival.zip(rival_rank) {
+        Some((_, other)) if other >= rank => return store.bury(slot, Some(other.0.saturating_sub(1))),
+        Some((rival, _)) => store.bury(rival, Some(rank.0.saturating_sub(1))),
+        None => {}
     }
     store.index.insert(key, slot);
 }

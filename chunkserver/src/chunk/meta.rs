@@ -67,6 +67,31 @@ pub struct ChunkMeta {
     pub clone: Option<CloneMeta>,
 }
 
+/// What is left of a chunk in its slot. Until a checkpoint covers `deleted_index` the slot is not reused, so that replay
+/// knows what to leave out.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Tombstone {
+    /// Copyset.
+    pub copyset: CopysetId,
+    /// Life of the copyset.
+    pub incarnation: u64,
+    /// Chunk id.
+    pub chunk: u64,
+    /// Log index that created the chunk.
+    pub created_index: u64,
+    /// Log index up to which nothing of the chunk is left: of its Delete, or of what is known to follow it.
+    pub deleted_index: u64,
+}
+
+/// What a metapage says of its slot.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Content {
+    /// Free.
+    Tombstone(Tombstone),
+    /// Allocated.
+    Chunk(ChunkMeta),
+}
+
 /// One metapage.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Metapage {
@@ -76,8 +101,8 @@ pub struct Metapage {
     pub generation: u64,
     /// Number of this write of the page; rises for ever.
     pub page: u64,
-    /// The chunk; `None` = free.
-    pub chunk: Option<ChunkMeta>,
+    /// What the slot holds.
+    pub content: Content,
 }
 
 /// Why a page is not a metapage of ours.
@@ -100,13 +125,13 @@ pub enum MetaError {
     Invalid(&'static str),
 }
 
-/// Write the page that says `slot` holds `chunk` (`None` = nothing) into `out`.
+/// Write the page that says what `slot` holds into `out`.
 pub(super) fn encode(
     layout: &Layout,
     slot: u32,
     generation: u64,
     page_generation: u64,
-    chunk: Option<&ChunkMeta>,
+    content: &Content,
     out: &mut [u8],
 ) {
     out.fill(0);
@@ -116,9 +141,18 @@ pub(super) fn encode(
     put(out, 16, &generation.to_le_bytes());
     put(out, 24, &page_generation.to_le_bytes());
     put(out, 88, &NO_SLOT.to_le_bytes());
-    if let Some(chunk) = chunk {
-        out[10] = 1;
-        encode_chunk(chunk, out);
+    match content {
+        Content::Chunk(chunk) => {
+            out[10] = 1;
+            encode_chunk(chunk, out);
+        }
+        Content::Tombstone(tomb) => {
+            put(out, 32, &tomb.copyset.0.to_le_bytes());
+            put(out, 40, &tomb.incarnation.to_le_bytes());
+            put(out, 48, &tomb.chunk.to_le_bytes());
+            put(out, 56, &tomb.created_index.to_le_bytes());
+            put(out, 64, &tomb.deleted_index.to_le_bytes());
+        }
     }
     page::seal(out, CRC_AT, layout.seed());
 }
@@ -161,12 +195,18 @@ pub(super) fn decode(layout: &Layout, slot: u32, page: &Page) -> Result<Metapage
     if page[11] != 0 || u16_at(page, 94) != 0 {
         return Err(MetaError::Invalid("reserved"));
     }
-    let chunk = match page[10] {
-        0 => None,
-        1 => Some(decode_chunk(layout, page)?),
+    let content = match page[10] {
+        0 => Content::Tombstone(Tombstone {
+            copyset: CopysetId(u64_at(page, 32)),
+            incarnation: u64_at(page, 40),
+            chunk: u64_at(page, 48),
+            created_index: u64_at(page, 56),
+            deleted_index: u64_at(page, 64),
+        }),
+        1 => Content::Chunk(decode_chunk(layout, page)?),
         _ => return Err(MetaError::Invalid("state")),
     };
-    Ok(Metapage { slot, generation: u64_at(page, 16), page: u64_at(page, 24), chunk })
+    Ok(Metapage { slot, generation: u64_at(page, 16), page: u64_at(page, 24), content })
 }
 
 fn decode_chunk(layout: &Layout, page: &Page) -> Result<ChunkMeta, MetaError> {

@@ -1,11 +1,12 @@
 //! The chunk store: where the chunks of a shard are on the disk, what of them is still in memory, and how it gets from
 //! there to their slots. Sans-I/O: callers perform the reads and writes asked for and report back.
 //!
-//! Reading order: `layout` (the map of a disk), `meta` and `crcpage` (what is written about a slot), `store` (admit,
-//! apply, read), `overlay` (blocks in memory), `writeback` (the round that empties it), `load` (start-up), `pool` (who
-//! gets which slots). Byte formats: docs/formats.md.
+//! Reading order: `layout` (the map of a disk), `meta` and `crcpage` (what is written about a slot), `admit`, `store`,
+//! `apply` and `read` (what a chunk is asked), `overlay` (blocks in memory), `writeback` (the round that empties it),
+//! `load` (start-up), `pool` (who gets which slots). Byte formats: docs/formats.md.
 
 mod admit;
+mod apply;
 mod bitmap;
 mod crcpage;
 mod layout;
@@ -21,11 +22,12 @@ mod writeback;
 #[cfg(test)]
 mod tests;
 
+pub use apply::{ApplyError, ApplyOp};
 pub use bitmap::Bitmap;
 pub use layout::{FLAG_SPARSE, Layout, LayoutError, Params, SuperblockError, VERSION, shard_of};
-pub use load::{LoadError, LoadReport, Loader, READ_BYTES_MAX, ReadFailed};
-pub use meta::{ChunkMeta, ChunkSnapshot, CloneMeta, LOCATION_INLINE_MAX, MetaError, Metapage};
+pub use load::{Known, LoadError, LoadReport, Loader, READ_BYTES_MAX, ReadFailed};
+pub use meta::{ChunkMeta, ChunkSnapshot, CloneMeta, Content, LOCATION_INLINE_MAX, MetaError, Metapage, Tombstone};
 pub use pool::{ExtentConflict, ExtentPool};
 pub use read::{Piece, PlanKey, ReadPlan, Verified};
-pub use store::{ApplyError, ApplyOp, Counters, Store, StoreConfig};
+pub use store::{Counters, Store, StoreConfig};
 pub use writeback::{IoId, RoundIo, RoundStart};

@@ -85,8 +85,10 @@ pub(super) struct Dirty {
     pub(super) crc: u32,
     /// Log index it was written at.
     pub(super) index: u64,
-    /// Lowest log index of this block that is not on the slot.
+    /// Lowest log index of this block that neither is on the slot nor will be when the running round is over.
     pub(super) oldest: u64,
+    /// This version is being written by the running round.
+    pub(super) captured: bool,
 }
 
 /// The dirty blocks of a chunk, by block number.
@@ -98,7 +100,9 @@ pub(super) struct Overlay {
 impl Overlay {
     pub(super) fn put(&mut self, pins: &mut Pins, block: u32, mut dirty: Dirty) {
         if let Some(old) = self.blocks.get(&block) {
-            dirty.oldest = old.oldest.min(dirty.oldest);
+            if !old.captured {
+                dirty.oldest = old.oldest.min(dirty.oldest);
+            }
             pins.release(old.at);
         }
         self.blocks.insert(block, dirty);
@@ -112,6 +116,14 @@ impl Overlay {
         self.blocks.iter().map(|(&block, dirty)| (block, dirty))
     }
 
+    /// All blocks, for a round that takes them.
+    pub(super) fn capture(&mut self) -> impl Iterator<Item = (u32, &Dirty)> {
+        self.blocks.iter_mut().map(|(&block, dirty)| {
+            dirty.captured = true;
+            (block, &*dirty)
+        })
+    }
+
     /// Version `index` of `block` is on the slot. True if that is the newest version; then it is no longer dirty.
     pub(super) fn written(&mut self, pins: &mut Pins, block: u32, index: u64) -> bool {
         match self.blocks.get_mut(&block) {
@@ -120,12 +132,7 @@ impl Overlay {
                 self.blocks.remove(&block);
                 true
             }
-            // The older version is out; what is left to write starts behind it.
-            Some(dirty) => {
-                dirty.oldest = dirty.oldest.max(index + 1).min(dirty.index);
-                false
-            }
-            None => false,
+            _ => false,
         }
     }
 

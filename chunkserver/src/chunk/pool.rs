@@ -21,8 +21,6 @@ pub(super) struct SlotHistory {
 #[derive(Debug)]
 pub(super) struct ScanView {
     pub(super) history: Vec<SlotHistory>,
-    /// Shard of the slot's chunk, per slot.
-    pub(super) owner: Vec<Option<u16>>,
     pub(super) quarantined: BTreeSet<u32>,
 }
 
@@ -36,7 +34,7 @@ pub(super) struct Extent {
 
 /// The metadata zone contradicts itself.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("extent {extent} holds chunks of shards {first} and {second}")]
+#[error("extent {extent} holds slots of shards {first} and {second}")]
 pub struct ExtentConflict {
     /// Extent.
     pub extent: u32,
@@ -49,14 +47,14 @@ pub struct ExtentConflict {
 /// Why no slot could be had.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum NoSlot {
-    /// Another shard still replays its log.
+    /// Another shard has not loaded, or not replayed its log.
     NotYet,
     /// The disk is full.
     Full,
 }
 
 struct Inner {
-    published: bool,
+    loaded: Vec<bool>,
     owner: Vec<Option<u16>>,
     history: Vec<SlotHistory>,
     quarantined: BTreeSet<u32>,
@@ -76,11 +74,11 @@ impl std::fmt::Debug for ExtentPool {
 }
 
 impl ExtentPool {
-    /// A pool that knows nothing until the first shard has read the metadata zone.
+    /// A pool that hands out nothing until every shard has loaded.
     #[must_use]
     pub fn new(layout: &Layout) -> Arc<Self> {
         let inner = Inner {
-            published: false,
+            loaded: vec![false; usize::from(layout.shards)],
             owner: vec![None; layout.extents() as usize],
             history: vec![SlotHistory::default(); layout.slot_count as usize],
             quarantined: BTreeSet::new(),
@@ -94,35 +92,34 @@ impl ExtentPool {
         self.inner.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Every shard reads the whole metadata zone, and nothing is written to it before the first one is through: the
-    /// first view is exact for all shards, later ones may already be out of date and are ignored.
-    pub(super) fn publish(&self, view: &ScanView) -> Result<(), ExtentConflict> {
+    /// A shard has read the metadata zone: it takes the extents it has `used` slots in. No shard writes there before all
+    /// have loaded, so all have seen the same.
+    pub(super) fn publish(
+        &self,
+        shard: u16,
+        view: &ScanView,
+        used: &dyn Fn(u32) -> bool,
+    ) -> Result<Vec<Extent>, ExtentConflict> {
         let mut inner = self.lock();
-        if inner.published {
-            return Ok(());
-        }
-        let mut owner: Vec<Option<u16>> = vec![None; inner.owner.len()];
-        for (slot, shard) in view.owner.iter().enumerate() {
-            let (extent, Some(shard)) = (slot / self.layout.extent_slots as usize, *shard) else { continue };
-            match owner[extent] {
-                Some(first) if first != shard => {
-                    return Err(ExtentConflict { extent: extent as u32, first, second: shard });
-                }
-                _ => owner[extent] = Some(shard),
-            }
-        }
-        inner.owner = owner;
+        assert!(!inner.loaded[usize::from(shard)], "a shard loads once");
         inner.history.clone_from(&view.history);
         inner.quarantined.clone_from(&view.quarantined);
-        inner.published = true;
-        Ok(())
+        let mut own = Vec::new();
+        for extent in (0..self.layout.extents()).filter(|&e| self.layout.extent_range(e).any(used)) {
+            match inner.owner[extent as usize].replace(shard) {
+                Some(first) => return Err(ExtentConflict { extent, first, second: shard }),
+                None => own.push(self.contents(&inner, extent)),
+            }
+        }
+        inner.loaded[usize::from(shard)] = true;
+        Ok(own)
     }
 
-    /// The extents `shard` has chunks in.
-    pub(super) fn owned_by(&self, shard: u16) -> Vec<Extent> {
-        let inner = self.lock();
-        let own = |&extent: &u32| inner.owner[extent as usize] == Some(shard);
-        (0..self.layout.extents()).filter(own).map(|extent| self.contents(&inner, extent)).collect()
+    /// Whether every shard has loaded. Before that nothing may be applied: replay may need an extent, and which ones
+    /// are free is not known yet.
+    #[must_use]
+    pub fn is_loaded(&self) -> bool {
+        self.lock().loaded.iter().all(|&done| done)
     }
 
     fn contents(&self, inner: &Inner, number: u32) -> Extent {
@@ -133,7 +130,8 @@ impl ExtentPool {
 
     fn take(&self, shard: u16, replaying: bool) -> Result<Extent, NoSlot> {
         let mut inner = self.lock();
-        if !inner.published || !(replaying || inner.replayed.iter().all(|&done| done)) {
+        let loaded = inner.loaded.iter().all(|&done| done);
+        if !loaded || !(replaying || inner.replayed.iter().all(|&done| done)) {
             return Err(NoSlot::NotYet);
         }
         for number in 0..self.layout.extents() {
@@ -231,6 +229,11 @@ impl Slots {
     /// Before [`Slots::replay_done`].
     pub(super) fn replaying(&self) -> bool {
         self.replaying
+    }
+
+    /// Every shard has loaded.
+    pub(super) fn all_loaded(&self) -> bool {
+        self.pool.is_loaded()
     }
 
     fn grow(&mut self) -> Result<(), NoSlot> {

@@ -4,17 +4,21 @@
 //! was committed whatever the chunk's version says. After a crash the metapages may be newer than the checkpoint that
 //! replay starts from, and data, CRC page and metapage of one round may be durable in any combination; doing every
 //! entry again, in order, is what makes them agree (rule 10).
+//!
+//! The only entries replay leaves out are those of lives of a chunk that the disk knows to be over: before the creation
+//! of the life that is there, or up to the deletion that a tombstone tells of. That is why replay never needs more slots
+//! than the crashed run had taken: a life whose end is durable takes none, any other takes one, as it did then, and
+//! no slot changes hands before a checkpoint covers the Delete.
 
-use super::admit::{self, Admission, Change, ChunkView};
-use super::bitmap::Bitmap;
+use super::admit::{self, Admission, ChunkView};
+use super::apply::Grave;
 use super::layout::Layout;
 use super::meta::ChunkMeta;
-use super::overlay::{Dirty, Overlay, Pins};
-use super::pool::{SlotHistory, Slots};
+use super::overlay::{Overlay, Pins};
+use super::pool::Slots;
 use super::read::{self, PlanKey, ReadPlan, Verified};
 use super::writeback::Round;
-use crate::shard::request::{BlockCrcs, ChunkOp, Outcome};
-use bytes::Bytes;
+use crate::shard::request::{ChunkOp, Outcome};
 use raftlog::{BLOCK, CopysetId};
 use rustc_hash::FxHashMap;
 use smallvec::SmallVec;
@@ -37,43 +41,6 @@ pub(super) struct Chunk {
     pub(super) version: u64,
     /// One copy of its metapage was unreadable at start and nothing was applied to it since.
     pub(super) suspect: bool,
-}
-
-/// A committed operation.
-#[derive(Clone, Debug)]
-pub enum ApplyOp {
-    /// Store whole blocks.
-    Write {
-        /// Version of the volume.
-        sn: u64,
-        /// Byte offset in the chunk.
-        offset: u32,
-        /// Data.
-        payload: Bytes,
-        /// CRC32C of each block.
-        crcs: BlockCrcs,
-    },
-    /// Remove the chunk.
-    Delete,
-    /// Make blocks read as zero.
-    Zero {
-        /// Byte offset.
-        offset: u32,
-        /// Length.
-        len: u32,
-    },
-}
-
-/// Why a committed entry could not be applied. Both mean that this disk must stop serving: going on would make the
-/// replica differ from its log.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-pub enum ApplyError {
-    /// No slot for a chunk that was admitted; only slots lost to damaged metapages can cause it.
-    #[error("no slot for a committed write")]
-    NoSlot,
-    /// The entry is not one this build would have proposed.
-    #[error("a committed entry is malformed")]
-    Malformed,
 }
 
 /// Limits of a store.
@@ -112,27 +79,6 @@ pub struct Counters {
     pub rounds: u64,
 }
 
-/// A slot whose chunk is gone. It is reusable when its tombstone is durable and, unless nothing can bring the chunk
-/// back, the checkpoint that covers the Delete is too (rule 13).
-#[derive(Debug)]
-pub(super) struct Grave {
-    pub(super) slot: u32,
-    pub(super) history: SlotHistory,
-    /// Copyset and index of the Delete that a checkpoint must cover.
-    pub(super) waits_for: Option<(CopysetId, u64)>,
-    pub(super) stage: GraveStage,
-}
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum GraveStage {
-    /// No tombstone written yet.
-    Open,
-    /// In the round that is running.
-    InRound,
-    /// Tombstone durable.
-    Closed,
-}
-
 #[derive(Clone, Copy, Debug)]
 pub(super) struct CopysetState {
     pub(super) incarnation: u64,
@@ -155,6 +101,8 @@ pub struct Store {
     pub(super) dirty: BTreeSet<u32>,
     pub(super) dirty_since: Option<u64>,
     pub(super) graves: Vec<Grave>,
+    /// While replaying: chunks whose deletion up to this index is on the disk already.
+    pub(super) gone: FxHashMap<(CopysetId, u64), u64>,
     pub(super) round: Option<Round>,
     pub(super) counters: Counters,
 }
@@ -174,6 +122,7 @@ impl Store {
             dirty: BTreeSet::new(),
             dirty_since: None,
             graves: Vec::new(),
+            gone: FxHashMap::default(),
             round: None,
             counters: Counters::default(),
         }
@@ -197,8 +146,8 @@ impl Store {
             self.bury(slot, None);
         }
         for grave in &mut self.graves {
-            if grave.waits_for.is_some_and(|(owner, _)| owner == copyset) {
-                grave.waits_for = None;
+            if grave.tomb.copyset == copyset {
+                grave.waits = false;
             }
         }
         self.copysets.remove(&copyset);
@@ -209,6 +158,7 @@ impl Store {
     /// are handed out to [`Store::admit`].
     pub fn replay_done(&mut self) {
         self.slots.replay_done();
+        self.gone = FxHashMap::default();
     }
 
     /// Decide the outcome of `op` before it is proposed. `Ok` for operations that are not proposed means that their
@@ -248,156 +198,12 @@ impl Store {
         })
     }
 
-    /// Apply the committed operation at log index `index`. `now`: nanoseconds.
-    ///
-    /// # Errors
-    /// See [`ApplyError`]: the disk must stop serving.
-    ///
-    /// # Panics
-    /// When the copyset was never added.
-    pub fn apply(
-        &mut self,
-        copyset: CopysetId,
-        index: u64,
-        chunk: u64,
-        op: ApplyOp,
-        now: u64,
-    ) -> Result<(), ApplyError> {
-        assert!(self.copysets.contains_key(&copyset), "apply to a copyset that was not added");
-        let key = (copyset, chunk);
-        let change = match &op {
-            ApplyOp::Write { sn, payload, .. } if !payload.is_empty() => Change::Write(*sn),
-            ApplyOp::Write { .. } | ApplyOp::Zero { .. } => Change::Nothing,
-            ApplyOp::Delete => Change::Delete,
-        };
-        self.admission.settle(key, change, &mut self.slots);
-        let slot = self.index.get(&key).copied();
-        // Replay of a former life of this chunk: its Delete is in the log too, and behind it the creation of this one.
-        if slot.and_then(|slot| self.chunks.get(&slot)).is_some_and(|c| c.meta.created_index > index) {
-            return Ok(());
-        }
-        match op {
-            ApplyOp::Write { payload, crcs, .. } if payload.is_empty() && crcs.is_empty() => Ok(()),
-            ApplyOp::Write { sn, offset, payload, crcs } => {
-                let whole = admit::in_range(offset, payload.len() as u64, self.layout.chunk_size);
-                if !whole || crcs.len() != payload.len() / BLOCK {
-                    return Err(ApplyError::Malformed);
-                }
-                let slot = match slot {
-                    Some(slot) => slot,
-                    None => self.create(copyset, index, chunk)?,
-                };
-                self.write(slot, index, sn, offset, payload, &crcs, now);
-                Ok(())
-            }
-            ApplyOp::Delete => {
-                if let Some(slot) = slot {
-                    self.bury(slot, Some((copyset, index)));
-                    self.dirty_since.get_or_insert(now);
-                }
-                Ok(())
-            }
-            ApplyOp::Zero { offset, len } => {
-                if !admit::in_range(offset, u64::from(len), self.layout.chunk_size) {
-                    return Err(ApplyError::Malformed);
-                }
-                if let Some(slot) = slot {
-                    self.zero(slot, index, offset, len, now);
-                }
-                Ok(())
-            }
-        }
-    }
-
-    fn create(&mut self, copyset: CopysetId, index: u64, chunk: u64) -> Result<u32, ApplyError> {
-        let (slot, history) = self.slots.take().ok_or(ApplyError::NoSlot)?;
-        let incarnation = self.copysets.get_mut(&copyset).map_or(0, |state| {
-            state.chunks += 1;
-            state.incarnation
-        });
-        let meta = ChunkMeta {
-            copyset,
-            incarnation,
-            chunk,
-            created_index: index,
-            applied_index: index,
-            sn: 0,
-            corrected_sn: 0,
-            snapshot: None,
-            fence: 0,
-            written: Bitmap::new(self.layout.blocks()),
-            clone: None,
-        };
-        let fresh = Chunk::new(&self.layout, meta, history.generation + 1, history.page);
-        self.chunks.insert(slot, fresh);
-        self.index.insert((copyset, chunk), slot);
-        Ok(slot)
-    }
-
-    #[allow(clippy::too_many_arguments)]
-    fn write(&mut self, slot: u32, index: u64, sn: u64, offset: u32, payload: Bytes, crcs: &[u32], now: u64) {
-        let Some(chunk) = self.chunks.get_mut(&slot) else { return };
-        chunk.touch(index);
-        chunk.meta.sn = chunk.meta.sn.max(sn);
-        let mut at = self.pins.hold(payload);
-        for (block, &crc) in (offset / BLOCK as u32..).zip(crcs) {
-            chunk.overlay.put(&mut self.pins, block, Dirty { at, crc, index, oldest: index });
-            at = at.next();
-        }
-        self.dirty.insert(slot);
-        self.dirty_since.get_or_insert(now);
-    }
-
-    fn zero(&mut self, slot: u32, index: u64, offset: u32, len: u32, now: u64) {
-        let Some(chunk) = self.chunks.get_mut(&slot) else { return };
-        chunk.touch(index);
-        let range = offset / BLOCK as u32..(offset + len) / BLOCK as u32;
-        chunk.overlay.drop_range(&mut self.pins, range.clone());
-        for block in range {
-            chunk.meta.written.clear(block);
-        }
-        self.dirty.insert(slot);
-        self.dirty_since.get_or_insert(now);
-    }
-
-    /// The chunk in `slot` is gone: forget it and queue its tombstone.
-    pub(super) fn bury(&mut self, slot: u32, waits_for: Option<(CopysetId, u64)>) {
-        let Some(mut chunk) = self.chunks.remove(&slot) else { return };
-        chunk.overlay.drop_range(&mut self.pins, 0..u32::MAX);
-        let key = (chunk.meta.copyset, chunk.meta.chunk);
-        // While loading, the slot of another life of the same chunk may be the one indexed.
-        if self.index.get(&key) == Some(&slot) {
-            self.index.remove(&key);
-        }
-        if let Some(state) = self.copysets.get_mut(&chunk.meta.copyset) {
-            state.chunks -= 1;
-        }
-        self.dirty.remove(&slot);
-        let history = SlotHistory { generation: chunk.generation, page: chunk.page };
-        self.graves.push(Grave { slot, history, waits_for, stage: GraveStage::Open });
-        if let Some(round) = &mut self.round {
-            round.orphan(slot, chunk);
-        }
-    }
-
-    /// Give back every slot whose grave is closed and waits for nothing.
-    pub(super) fn release_graves(&mut self) {
-        let slots = &mut self.slots;
-        self.graves.retain(|grave| {
-            let done = grave.stage == GraveStage::Closed && grave.waits_for.is_none();
-            if done {
-                slots.release(grave.slot, grave.history);
-            }
-            !done
-        });
-    }
-
     /// The checkpoint of `copyset` at `index` is durable: slots of chunks deleted up to there become reusable once
     /// their tombstones are durable as well.
     pub fn checkpoint_durable(&mut self, copyset: CopysetId, index: u64) {
         for grave in &mut self.graves {
-            if grave.waits_for.is_some_and(|(owner, deleted)| owner == copyset && deleted <= index) {
-                grave.waits_for = None;
+            if grave.tomb.copyset == copyset && grave.tomb.deleted_index <= index {
+                grave.waits = false;
             }
         }
         self.release_graves();
@@ -483,11 +289,12 @@ impl Store {
         running.into_iter().chain(self.dirty_since).min()
     }
 
-    /// Lowest index of `copyset` that is in memory only.
+    /// Lowest index of `copyset` whose data is in memory only and not part of the running round. After a round it is
+    /// above every index the round allows to checkpoint.
     #[must_use]
     pub fn oldest_unwritten(&self, copyset: CopysetId) -> Option<u64> {
         let own = self.chunks.values().filter(|c| c.meta.copyset == copyset);
-        own.flat_map(|c| c.overlay.iter().map(|(_, dirty)| dirty.oldest)).min()
+        own.flat_map(|c| c.overlay.iter().filter(|(_, d)| !d.captured).map(|(_, d)| d.oldest)).min()
     }
 
     /// Chunks one copy of whose metapage was unreadable at start and that no replayed entry touched. A torn write is
@@ -525,7 +332,7 @@ impl Chunk {
         }
     }
 
-    fn touch(&mut self, index: u64) {
+    pub(super) fn touch(&mut self, index: u64) {
         // Replay passes indexes the metapage has seen; it never goes back.
         self.meta.applied_index = self.meta.applied_index.max(index);
         self.suspect = false;

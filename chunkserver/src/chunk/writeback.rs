@@ -8,11 +8,12 @@
 //! The caller must have a log record durable with commit ≥ every index in [`RoundStart::commits`] before it asks for
 //! the first operation (rule 10). A failed write or sync is fatal for the disk: there is no way to say so here.
 
+use super::apply::GraveStage;
 use super::crcpage;
-use super::meta::{self, ChunkMeta};
+use super::meta::{self, Content};
 use super::overlay::PinRef;
 use super::pool::SlotHistory;
-use super::store::{Chunk, GraveStage, Store};
+use super::store::{Chunk, Store};
 use crate::io::Bufs;
 use crate::io::buffer::PoolBuf;
 use raftlog::{BLOCK, CopysetId};
@@ -74,7 +75,7 @@ struct PageRef {
 #[derive(Debug)]
 struct Image {
     generation: u64,
-    chunk: Option<ChunkMeta>,
+    content: Content,
 }
 
 #[derive(Debug)]
@@ -130,9 +131,10 @@ impl Store {
     /// the end. `None` when there is nothing to write: `applied` is on the disk already.
     ///
     /// # Panics
-    /// While a round is under way.
+    /// While a round is under way, or before [`ExtentPool::is_loaded`](super::ExtentPool::is_loaded).
     pub fn begin_round(&mut self, applied: &[(CopysetId, u64)]) -> Option<RoundStart> {
         assert!(self.round.is_none(), "rounds do not overlap");
+        assert!(self.slots.all_loaded(), "no shard writes metapages while another one still reads them");
         let graves = self.graves.iter().any(|grave| grave.stage == GraveStage::Open);
         if self.dirty.is_empty() && !graves {
             return None;
@@ -165,7 +167,7 @@ impl Store {
             let Some(chunk) = self.chunks.get_mut(&slot) else { continue };
             let mut meta = chunk.meta.clone();
             let mut last_page = None;
-            for (block, dirty) in chunk.overlay.iter() {
+            for (block, dirty) in chunk.overlay.capture() {
                 self.pins.share(dirty.at);
                 let (at, crc, index) = (dirty.at, dirty.crc, dirty.index);
                 round.blocks.push(Captured { slot, block, at, crc, index });
@@ -184,7 +186,7 @@ impl Store {
             round.pages.push(PageRef { offset, slot, page_generation: chunk.page, kind: PageKind::Meta });
             let highest = commits.entry(meta.copyset).or_default();
             *highest = meta.applied_index.max(*highest);
-            round.images.insert(slot, Image { generation: chunk.generation, chunk: Some(meta) });
+            round.images.insert(slot, Image { generation: chunk.generation, content: Content::Chunk(meta) });
         }
     }
 
@@ -196,10 +198,10 @@ impl Store {
             let offset = self.layout.metapage_offset(grave.slot, page);
             let slot = grave.slot;
             round.pages.push(PageRef { offset, slot, page_generation: page, kind: PageKind::Meta });
-            round.images.insert(slot, Image { generation, chunk: None });
-            if let Some((copyset, index)) = grave.waits_for {
-                let highest = commits.entry(copyset).or_default();
-                *highest = index.max(*highest);
+            round.images.insert(slot, Image { generation, content: Content::Tombstone(grave.tomb) });
+            if grave.waits {
+                let highest = commits.entry(grave.tomb.copyset).or_default();
+                *highest = grave.tomb.deleted_index.max(*highest);
             }
         }
     }
@@ -288,8 +290,7 @@ impl Store {
             let (slot, generation) = (page.slot, image.generation);
             match page.kind {
                 PageKind::Meta => {
-                    let chunk = image.chunk.as_ref();
-                    meta::encode(&self.layout, slot, generation, page.page_generation, chunk, out);
+                    meta::encode(&self.layout, slot, generation, page.page_generation, &image.content, out);
                 }
                 PageKind::Crc(number) => {
                     let chunk = self.chunks.get(&slot).or_else(|| round.orphans.get(&slot));
