@@ -26,7 +26,7 @@ pub struct WriteId(pub u64);
 pub struct PendingWrite {
     /// To be given back to [`Log::write_done`].
     pub id: WriteId,
-    /// The batch in it; for a segment's closing seal, the batch before it.
+    /// The batch in it; for a segment's own seal, the batch before it.
     pub seq: Seq,
     /// Offset in the log zone.
     pub offset: u64,
@@ -267,12 +267,12 @@ impl Log {
             true => Batch::empty(self.taken),
             false => self.queue.pop().unwrap_or_default(),
         };
-        if place == (Place::Alone { rotate: true }) {
+        if place == Place::Rotate {
             self.segments.rotate(batch.seq);
         }
         let alone = place != Place::Append;
         let live_seq = match place {
-            Place::Alone { .. } => self.advertised, // recovery skips what a segment's first header calls dead
+            Place::Rotate => self.advertised, // recovery skips what a segment's first header calls dead
             _ => self.segments.live_seq(batch.seq),
         };
         let offset = self.segments.take(batch.len());
