@@ -1,6 +1,7 @@
 //! Random histories against a model: whatever the log does between two crashes, and whatever part of the writes in
 //! flight reached the disk, recovery finds the state after a prefix of the batches that contains every
 //! acknowledged one, and nothing else.
+#![allow(clippy::unwrap_used)]
 
 mod common;
 
