@@ -5,9 +5,9 @@
 //! is durable. The owner writes what [`Log::take_write`] hands out with one vectored dsync write, and stops
 //! serving the disk when one fails.
 
-use crate::batch::{Batch, Need, Queue};
+use crate::batch::{Batch, Need, Queue, header_len};
 use crate::index::{Place as SlotPlace, Slot};
-use crate::record::{HEAD_LEN, HEADER_MAX, Head, LAG_MAX, RECORD_LEN, checkpoint_len, encode_header};
+use crate::record::{HEADER_MAX, Head, LAG_MAX, RECORD_LEN, checkpoint_len, encode_header};
 use crate::segment::{Place, Segments};
 use crate::{BLOCK, Checkpoint, CopysetId, Entry, Geometry, HardState, Index, Limits, Seq};
 use bytes::Bytes;
@@ -26,7 +26,7 @@ pub struct WriteId(pub u64);
 pub struct PendingWrite {
     /// To be given back to [`Log::write_done`].
     pub id: WriteId,
-    /// The batch in it; for a segment's closing seal, the batch before it.
+    /// The batch in it; for a segment's own seal, the batch before it.
     pub seq: Seq,
     /// Offset in the log zone.
     pub offset: u64,
@@ -78,6 +78,15 @@ pub struct Log {
     /// Newest `durable_seq` in a header that was taken, and the newest batch taken that has records.
     covered: Seq,
     last_records: Seq,
+    max_entry_bytes: usize,
+}
+
+/// Largest payload that fits a batch of `room` bytes, with its hard state.
+fn max_entry_bytes(room: u64) -> usize {
+    let header = |blocks: usize| header_len(2 * RECORD_LEN + CONTEXT_ROOM + 4 * blocks);
+    let fits = |n: &usize| header(*n) <= HEADER_MAX && (header(*n) + n * BLOCK) as u64 <= room;
+    let most = (room / BLOCK as u64).min((HEADER_MAX / 4) as u64) as usize;
+    (0..most).rev().find(fits).unwrap_or(0) * BLOCK
 }
 
 impl Log {
@@ -106,6 +115,7 @@ impl Log {
             advertised: tail.live_seq,
             covered: tail.covered,
             last_records: tail.last_records,
+            max_entry_bytes: max_entry_bytes(hard_max),
         }
     }
 
@@ -267,12 +277,12 @@ impl Log {
             true => Batch::empty(self.taken),
             false => self.queue.pop().unwrap_or_default(),
         };
-        if place == (Place::Alone { rotate: true }) {
+        if place == Place::Rotate {
             self.segments.rotate(batch.seq);
         }
         let alone = place != Place::Append;
         let live_seq = match place {
-            Place::Alone { .. } => self.advertised, // recovery skips what a segment's first header calls dead
+            Place::Rotate => self.advertised, // recovery skips what a segment's first header calls dead
             _ => self.segments.live_seq(batch.seq),
         };
         let offset = self.segments.take(batch.len());
@@ -353,8 +363,7 @@ impl Log {
     /// What an entry costs at most: its payload and header blocks that nothing else shares.
     #[must_use]
     pub fn entry_cost(payload_len: usize) -> u64 {
-        let crcs = payload_len / BLOCK * 4;
-        (payload_len + (HEAD_LEN + 2 * RECORD_LEN + CONTEXT_ROOM + crcs).next_multiple_of(BLOCK)) as u64
+        (payload_len + header_len(2 * RECORD_LEN + CONTEXT_ROOM + payload_len / BLOCK * 4)) as u64
     }
 
     /// Bytes between the oldest live segment's start and the end of the log.
@@ -393,11 +402,7 @@ impl Log {
     /// Largest payload an entry may have.
     #[must_use]
     pub fn max_entry_bytes(&self) -> usize {
-        // header <= this + 4 bytes per block
-        let fixed = HEAD_LEN + 2 * RECORD_LEN + CONTEXT_ROOM + BLOCK;
-        let room = usize::try_from(Segments::batch_max(&self.geometry)).unwrap_or(usize::MAX);
-        let blocks = room.saturating_sub(fixed) / (BLOCK + 4);
-        blocks.min((HEADER_MAX - fixed) / 4).min(u32::MAX as usize / BLOCK) * BLOCK
+        self.max_entry_bytes
     }
 
     /// Drops payloads of entries up to `index` from memory, as far as they are on disk.

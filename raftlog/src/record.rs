@@ -33,7 +33,7 @@ const KIND_PURGE: u8 = 4;
 /// The fixed header of a batch.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Head {
-    /// Closes a segment: says what is durable and live, adds nothing and takes no number (`seq` is the last batch's).
+    /// A segment's own seal: says what is durable and live, adds nothing and takes no number (`seq` is the last batch's).
     pub(crate) seal: bool,
     pub(crate) generation: u64,
     pub(crate) seq: Seq,
@@ -89,13 +89,14 @@ pub(crate) enum Body {
     Purge,
 }
 
-/// Fills `header` (whole blocks, exactly `head.header_len`): fixed part, `records`, zeros. Returns the header's CRC.
+/// Fills `header` (whole blocks, exactly `head.header_len`): fixed part, `records`, padding. Returns the header's CRC.
+/// Padding is zeros; a seal's is not, so that no sector of it can complete a torn header it is written over.
 pub(crate) fn encode_header(header: &mut [u8], geometry: &Geometry, head: &Head, records: &[u8]) -> u32 {
     assert_eq!(header.len(), head.header_len as usize, "the header buffer is the length that was asked for");
     let (fixed, rest) = header.split_at_mut(HEAD_LEN);
     let (body, padding) = rest.split_at_mut(records.len());
     body.copy_from_slice(records);
-    padding.fill(0);
+    padding.fill(if head.seal { 0xff } else { 0 });
     fixed.fill(0);
     fixed[0..8].copy_from_slice(&MAGIC);
     fixed[12..14].copy_from_slice(&VERSION.to_le_bytes());

@@ -3,9 +3,11 @@
 //! Invariants, which recovery relies on:
 //! * segments are freed oldest first and reused in that order, so what superseded a record outlives it on disk;
 //! * a freed segment is reused only when a durable header says (`live_seq`) that it is not needed;
-//! * the first batch of a segment, and the first after a restart, is written alone: when it exists, everything
-//!   before it is durable and nothing of an interrupted life lies behind it;
-//! * the last block of a segment is kept for the seal that advertises `live_seq` when nothing else did.
+//! * the first batch of a segment is written alone: when it exists, everything before it is durable;
+//! * the last block of a segment is kept for the seal that advertises `live_seq` when nothing else did;
+//! * a restart opens a new segment. With none free it goes on in the segment the log ended in, and there the first
+//!   write is a seal, alone: it wipes the header of the torn batch. (Writing the same records again in that place
+//!   could complete the torn batch, and then an unacknowledged one behind it would chain.)
 
 use crate::{BLOCK, Geometry, Seq};
 use std::collections::VecDeque;
@@ -32,9 +34,9 @@ pub(crate) struct Free {
 pub(crate) enum Place {
     /// Behind the last one.
     Append,
-    /// Into a fresh segment, or the first after a restart: alone.
-    Alone { rotate: bool },
-    /// First the active segment's closing seal, alone.
+    /// Into a fresh segment, alone.
+    Rotate,
+    /// First a seal in the active segment, alone.
     Seal,
 }
 
@@ -47,17 +49,15 @@ pub(crate) struct Segments {
     pub(crate) free: VecDeque<Free>,
     /// Whether `live.back()` takes batches (not so after a restart that found a free segment).
     pub(crate) active: bool,
-    /// The next batch is the first of this process in the active segment.
-    pub(crate) fresh: bool,
+    /// The active segment is the one the log ended in: a seal must come first.
+    pub(crate) resumed: bool,
     pub(crate) generation: u64,
 }
 
 impl Segments {
     pub(crate) fn new(geometry: Geometry, live: VecDeque<Segment>, free: VecDeque<Free>, newest: u64) -> Self {
-        // With no free segment, a restart has to go on in the segment the log ended in. That is safe because
-        // generations in a segment never go down: what an interrupted write left behind there is of an older one.
         let active = free.is_empty() && !live.is_empty();
-        Self { geometry, live, free, active, fresh: active, generation: newest + u64::from(active) }
+        Self { geometry, live, free, active, resumed: active, generation: newest + u64::from(active) }
     }
 
     /// Most bytes a batch may have.
@@ -78,25 +78,23 @@ impl Segments {
 
     /// Where a batch of `len` bytes would go; `None` while it has to wait for writes in flight or for space.
     pub(crate) fn place(&self, len: u64, idle: bool, advertised: Seq) -> Option<Place> {
+        let end = self.live.back().filter(|_| self.active).map(|s| s.end);
+        let seal = end.is_some_and(|end| end + BLOCK as u64 <= self.geometry.segment_size).then_some(Place::Seal);
+        if self.resumed {
+            return seal.filter(|_| idle);
+        }
         if len <= self.room() {
-            return match self.fresh {
-                true => idle.then_some(Place::Alone { rotate: false }),
-                false => Some(Place::Append),
-            };
+            return Some(Place::Append);
         }
         let next = self.free.front().filter(|_| idle)?;
-        if next.until <= advertised {
-            return Some(Place::Alone { rotate: true });
-        }
-        let end = self.live.back().filter(|_| self.active)?.end;
-        (end + BLOCK as u64 <= self.geometry.segment_size).then_some(Place::Seal)
+        if next.until <= advertised { Some(Place::Rotate) } else { seal }
     }
 
     /// Opens the next free segment for batch `seq`.
     pub(crate) fn rotate(&mut self, seq: Seq) {
         if let Some(free) = self.free.pop_front() {
             self.live.push_back(Segment { slot: free.slot, first_seq: seq, end: 0 });
-            (self.active, self.fresh) = (true, true);
+            self.active = true;
             self.generation += 1;
         }
     }
@@ -108,7 +106,7 @@ impl Segments {
         let offset = u64::from(active.slot) * size + active.end;
         active.end += len;
         assert!(active.end <= size, "a batch stays inside its segment");
-        self.fresh = false;
+        self.resumed = false;
         offset
     }
 
