@@ -131,6 +131,17 @@ impl Recovery {
         }
     }
 
+    /// The log of a zeroed zone, without reading it.
+    ///
+    /// # Errors
+    /// If the geometry is impossible.
+    pub fn blank(geometry: Geometry, limits: Limits) -> Result<Log, RecoverError> {
+        let mut this = Self::new(geometry, limits);
+        this.pass = Pass::Done;
+        this.unused = (0..geometry.segment_count).collect();
+        this.finish().map(|(log, _)| log)
+    }
+
     /// The next read: offset in the zone and length, whole blocks and at most 1 MiB. One at a time.
     pub fn next_read(&mut self) -> Option<(u64, usize)> {
         let (slot, at, max) = match &self.pass {

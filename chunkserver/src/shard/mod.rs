@@ -13,10 +13,12 @@ mod propose;
 mod read;
 pub mod request;
 
-use crate::chunk::{Layout, Store};
+pub use boot::log_geometry;
+
+use crate::chunk::{self, ApplyError, ExtentPool, Layout, Store};
 use crate::io::buffer::Arena;
 use crate::io::{Completion, Done, Errno, FileId, Instant, Op};
-use crate::metrics::ShardMetrics;
+use crate::metrics::{Counter, ShardMetrics};
 use crate::shard::request::{Origin, Outcome, Reply, ReplyData, Request, RequestOp, ShardStatus};
 use bytes::Bytes;
 use copyset::{Committed, Copyset, Effect};
@@ -83,8 +85,11 @@ pub enum Failure {
     #[error("chunk metadata cannot be loaded: {0}")]
     Load(String),
     /// A committed entry is not understood.
-    #[error("{0}")]
+    #[error(transparent)]
     Entry(#[from] entry::BadHeader),
+    /// A committed entry cannot be applied.
+    #[error(transparent)]
+    Apply(#[from] ApplyError),
     /// A copyset cannot start from what the log says.
     #[error("copyset {0:?}: {1}")]
     Copyset(CopysetId, String),
@@ -93,7 +98,6 @@ pub enum Failure {
 /// One copyset on this shard.
 struct Group {
     raft: Copyset,
-    incarnation: u64,
     applied: u64,
     queue: VecDeque<Committed>,
     fetching: bool,
@@ -108,7 +112,7 @@ struct Group {
 enum Task {
     Boot,
     LogWrite(WriteId),
-    Round(crate::chunk::IoId),
+    Round(chunk::IoId),
     Read { job: usize, piece: usize },
     Fetch { copyset: CopysetId, index: u64 },
 }
@@ -122,7 +126,7 @@ struct Waiting {
 }
 
 enum State {
-    Boot(Box<boot::Boot>),
+    Boot(boot::Boot),
     Serving,
     Draining { sealed: Option<raftlog::Seq> },
     Stopped,
@@ -152,9 +156,19 @@ pub struct Shard {
     deferred: VecDeque<Request>,
     /// Payload bytes proposed and not yet applied.
     in_flight_bytes: usize,
+    /// Log space of proposals that raft has not handed to the log yet.
+    proposed_cost: u64,
     admin: Vec<admin::Pending>,
     flush: flush::Flush,
     state: State,
+    extents: Arc<ExtentPool>,
+    /// What the log held at start and is not applied yet: copyset and last index.
+    replaying: Vec<(CopysetId, u64)>,
+    replay_over: bool,
+    /// Copysets of which durable log records are lost.
+    lost: Vec<CopysetId>,
+    /// Of the store, as last published.
+    counted: chunk::Counters,
     now: Instant,
     next_tick: Instant,
     incarnations: u64,
@@ -223,6 +237,7 @@ impl Shard {
         self.flush_step(out);
         self.write_log(out);
         self.start_waiting_reads(out);
+        self.replay_step();
         self.drain_step();
         self.publish();
     }
@@ -237,10 +252,10 @@ impl Shard {
         }
     }
 
-    /// Requests are answered.
+    /// Requests are answered, by every shard of the disk.
     #[must_use]
     pub fn serving(&self) -> bool {
-        matches!(self.state, State::Serving)
+        matches!(self.state, State::Serving) && self.extents.is_open()
     }
 
     /// The disk is out of service; the process should say so and stop.
@@ -337,6 +352,7 @@ impl Shard {
     /// Collect what raft wants done; true if there was anything.
     fn raft_ready(&mut self, out: &mut Effects) -> bool {
         let dirty = std::mem::take(&mut self.dirty);
+        self.proposed_cost = 0;
         let worked = !dirty.is_empty();
         for id in dirty {
             let Some(group) = self.groups.get_mut(&id) else { continue };
@@ -363,7 +379,7 @@ impl Shard {
                     self.applying.push(id);
                 }
             }
-            Effect::Dropped { cookie } => self.dropped(id, cookie, out),
+            Effect::Dropped { cookie, may_commit } => self.dropped(id, cookie, may_commit, out),
             Effect::LeaderChanged { ready: false, .. } => self.store.reset_proposed(id),
             // Peers are a later step; a sole voter has nobody to send to.
             Effect::LeaderChanged { .. } | Effect::Send(_) => {}
@@ -376,9 +392,10 @@ impl Shard {
             let Some(len) = self.log.borrow_mut().next_header() else { return };
             let Some(mut header) = self.arenas.work.alloc(len) else { return };
             let write = self.log.borrow_mut().take_write(&mut header);
-            let offset = self.layout.log_offset(self.config.shard) + write.offset;
+            let offset = self.layout.log_offset_of(self.config.shard) + write.offset;
             let payload: usize = write.payloads.iter().map(Bytes::len).sum();
-            self.metrics.log_write(len + payload);
+            self.metrics.add(Counter::LogWrites, 1);
+            self.metrics.add(Counter::LogBytes, (len + payload) as u64);
             let bufs = std::iter::once(header.freeze()).chain(write.payloads).collect();
             self.submit(out, Task::LogWrite(write.id), Op::Write { file: DISK, offset, bufs, dsync: true });
         }
@@ -403,9 +420,9 @@ impl Shard {
             shard: self.config.shard,
             copysets: self.groups.len() as u64,
             leaders: self.groups.values().filter(|g| g.raft.is_leader_ready()).count() as u64,
-            chunks: self.store.chunk_count() as u64,
-            slots_free: self.store.free_slots() as u64,
-            dirty_bytes: self.store.dirty_bytes() as u64,
+            chunks: self.store.chunk_count(),
+            slots_free: self.store.spare_slots(),
+            dirty_bytes: self.store.pinned_bytes(),
             log_used_bytes: log.used_bytes(),
             log_bytes: log.capacity_bytes(),
             buffers_free_bytes: self.arenas.payload.free_bytes() as u64,
@@ -413,16 +430,25 @@ impl Shard {
         }
     }
 
-    /// Gauges for whoever scrapes.
-    fn publish(&self) {
-        let log = self.log.borrow();
-        self.metrics.gauges(
-            self.groups.len() as u64,
-            self.store.chunk_count() as u64,
-            self.store.free_slots() as u64,
-            self.store.dirty_bytes() as u64,
-            log.used_bytes(),
-        );
+    /// Counters for whoever scrapes.
+    fn publish(&mut self) {
+        let (now, last) = (self.store.counters(), self.counted);
+        if now == last {
+            return;
+        }
+        for (counter, by) in [
+            (Counter::DataWrites, now.data_writes - last.data_writes),
+            (Counter::DataWriteBytes, now.data_bytes - last.data_bytes),
+            (Counter::MetaWrites, now.meta_writes - last.meta_writes),
+            (Counter::MetaWriteBytes, now.meta_bytes - last.meta_bytes),
+            (Counter::CrcWrites, now.crc_writes - last.crc_writes),
+            (Counter::CrcWriteBytes, now.crc_bytes - last.crc_bytes),
+            (Counter::Syncs, now.syncs - last.syncs),
+            (Counter::Rounds, now.rounds - last.rounds),
+        ] {
+            self.metrics.add(counter, by);
+        }
+        self.counted = now;
     }
 }
 
