@@ -53,6 +53,7 @@ impl Shard {
             waiting: Slab::with_capacity(1024),
             reads: Slab::with_capacity(256),
             read_queue: VecDeque::new(),
+            early: Vec::new(),
             deferred: VecDeque::new(),
             in_flight_bytes: 0,
             proposed_cost: 0,

@@ -127,31 +127,34 @@ impl Shard {
     /// Log what the copysets may restart from; false if there was nothing new to say.
     fn write_checkpoints(&mut self, done: Vec<(CopysetId, u64)>) -> bool {
         let mut written = Checkpoints::new();
-        let mut log = self.log.borrow_mut();
-        let crowded = log.used_bytes() * 2 >= log.capacity_bytes();
-        let pinning = if crowded { log.pinning() } else { Vec::new() };
         for (id, index) in done {
-            let Some(group) = self.groups.get(&id) else { continue };
-            let Some(known) = log.index(id).map(|i| i.checkpoint().applied_index) else { continue };
-            let seq = if index > known {
-                log.checkpoint(id, group.raft.checkpoint_at(index))
-            } else if pinning.contains(&id) && can_relog(&log, id) {
-                log.relog(id)
-            } else {
-                continue;
-            };
-            written.push((seq, id, index));
-        }
-        for id in pinning {
-            if !written.iter().any(|w| w.1 == id) && can_relog(&log, id) {
-                written.push((log.relog(id), id, 0));
+            let known = self.log.borrow().index(id).map(|i| i.checkpoint().applied_index);
+            let newer = known.is_some_and(|known| index > known);
+            // The copyset looks into the log itself: no borrow of it may be held.
+            if let Some(group) = self.groups.get(&id).filter(|_| newer) {
+                let checkpoint = group.raft.checkpoint_at(index);
+                written.push((self.log.borrow_mut().checkpoint(id, checkpoint), id, index));
             }
         }
+        self.release_oldest(&mut written);
         let any = !written.is_empty();
         // A round that changed nothing still ends: the next one is due by age.
         self.flush.phase = if any { Phase::Checkpoints(written) } else { Phase::Idle };
         self.flush.next = self.now.after_ms(100);
         any
+    }
+
+    /// Rule 8: copysets that say nothing new must not pin the oldest segment when space is short.
+    fn release_oldest(&self, written: &mut Checkpoints) {
+        let mut log = self.log.borrow_mut();
+        if log.used_bytes() * 2 < log.capacity_bytes() {
+            return;
+        }
+        for id in log.pinning() {
+            if !written.iter().any(|w| w.1 == id) && can_relog(&log, id) {
+                written.push((log.relog(id), id, 0));
+            }
+        }
     }
 
     fn round_end(&mut self) -> bool {

@@ -152,6 +152,8 @@ pub struct Shard {
     reads: Slab<read::Job>,
     /// Reads without a buffer yet.
     read_queue: VecDeque<usize>,
+    /// Requests that came before start-up was over.
+    early: Vec<Request>,
     /// Writes that found no room, in order.
     deferred: VecDeque<Request>,
     /// Payload bytes proposed and not yet applied.
@@ -187,7 +189,8 @@ impl Shard {
     pub fn request(&mut self, request: Request, out: &mut Effects) {
         match self.state {
             State::Serving => {}
-            State::Boot(_) => return reply(out, request.origin, Outcome::NotLeader),
+            // Bounded by what the others may have in flight here.
+            State::Boot(_) => return self.early.push(request),
             State::Draining { .. } | State::Stopped => return reply(out, request.origin, Outcome::Stopping),
             State::Failed(_) => return reply(out, request.origin, Outcome::DiskFail),
         }
@@ -221,6 +224,9 @@ impl Shard {
                 self.boot_step(out);
                 if !matches!(self.state, State::Serving) {
                     return;
+                }
+                for request in std::mem::take(&mut self.early) {
+                    self.request(request, out);
                 }
             }
             State::Serving | State::Draining { .. } => {}
@@ -309,7 +315,7 @@ impl Shard {
         for waiting in std::mem::take(&mut self.waiting).into_iter().map(|(_, w)| w.origin) {
             reply(out, waiting, Outcome::DiskFail);
         }
-        for request in std::mem::take(&mut self.deferred) {
+        for request in std::mem::take(&mut self.deferred).into_iter().chain(std::mem::take(&mut self.early)) {
             reply(out, request.origin, Outcome::DiskFail);
         }
         for job in std::mem::take(&mut self.reads).into_iter().map(|(_, job)| job.origin) {
