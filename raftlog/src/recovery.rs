@@ -184,7 +184,8 @@ impl Recovery {
         match data.and_then(|d| parse_head(d, &self.geometry, offset)) {
             Some(Parsed::Version(v)) => return self.fail(v),
             Some(Parsed::Head { head: h, .. }) => {
-                let (generation, first_seq, live_seq) = (h.generation, h.seq, h.live_seq);
+                let (generation, live_seq) = (h.generation, h.live_seq);
+                let first_seq = h.seq + u64::from(h.seal); // a seal repeats the number before
                 self.known.push(Known { slot, generation, first_seq, live_seq, cut: u64::MAX });
             }
             None => {
@@ -269,8 +270,8 @@ impl Recovery {
             unreadable_blocks: self.unreadable,
             ..Report::default()
         };
-        if chain.first > chain.live && chain.live > 0 {
-            chain.lost.push((chain.live, chain.first - 1));
+        if let Some(first) = chain.first.filter(|first| *first > chain.live && chain.live > 0) {
+            chain.lost.push((chain.live, first - 1));
         }
         if self.tail_unreadable || chain.pending.iter().any(|f| f.unreadable) {
             // What cannot be read may have been acknowledged.
@@ -308,14 +309,14 @@ impl Recovery {
     /// those never used, then the oldest.
     fn segments(&self) -> Segments {
         let (size, chain) = (self.geometry.segment_size, &self.chain);
-        let free = |slot: u32| Free { slot, until: 0 };
+        let free = |slot: u32| Free { slot, until: 0, torn: false };
         let ended = self.known.iter().position(|k| u64::from(k.slot) == chain.end.saturating_sub(1) / size);
         let reached = match ended {
             Some(nth) if chain.end > 0 => nth + 1,
             _ => 0,
         };
         let (reached, beyond) = self.known.split_at(reached);
-        let mut queue: VecDeque<Free> = beyond.iter().map(|k| free(k.slot)).collect();
+        let mut queue: VecDeque<Free> = beyond.iter().map(|k| Free { torn: true, ..free(k.slot) }).collect();
         queue.extend(self.unused.iter().map(|slot| free(*slot)));
         queue.extend(self.dead.iter().map(|k| free(k.slot)));
         let mut live = VecDeque::new();
