@@ -210,6 +210,8 @@ impl Recovery {
         self.known.sort_unstable_by_key(|k| (k.generation, k.first_seq));
         let live = self.known.last().map_or(0, |k| k.live_seq);
         self.generation = self.known.last().map_or(0, |k| k.generation);
+        // Also for judging: that start repeats what was durable when it was written, in a seal that may not be read.
+        self.chain.live = live;
         let mut cut = u64::MAX;
         for k in self.known.iter_mut().rev() {
             k.cut = cut;
@@ -270,7 +272,7 @@ impl Recovery {
             unreadable_blocks: self.unreadable,
             ..Report::default()
         };
-        if let Some(first) = chain.first.filter(|first| *first > chain.live && chain.live > 0) {
+        if let Some(first) = chain.first.filter(|first| *first > chain.live) {
             chain.lost.push((chain.live, first - 1));
         }
         if self.tail_unreadable || chain.pending.iter().any(|f| f.unreadable) {
@@ -298,11 +300,14 @@ impl Recovery {
         let tail = Tail {
             last_seq: chain.last,
             prev_crc: chain.last_crc,
-            live_seq: chain.live.max(1),
+            live_seq: chain.live.clamp(1, chain.last.max(1)),
             covered: chain.durable,
             last_records: chain.last_records,
         };
-        Ok((Log::new(geometry, limits, segments, &tail, indexes), report))
+        let mut log = Log::new(geometry, limits, segments, &tail, indexes);
+        // Now, so that a log that goes on in a full segment can say it in the one block that is left there.
+        log.free_segments();
+        Ok((log, report))
     }
 
     /// Who lives and who is free. To be reused first: segments the log never reached (a torn first batch), then
