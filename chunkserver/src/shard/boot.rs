@@ -69,6 +69,7 @@ impl Shard {
             next_tick: now,
             seal_at: Instant::FAR,
             incarnations: 0,
+            starved: false,
             effects: Vec::new(),
             counted: chunk::Counters::default(),
             metrics,

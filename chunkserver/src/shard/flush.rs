@@ -112,13 +112,20 @@ impl Shard {
 
     fn round_io(&mut self, out: &mut Effects) -> bool {
         let work = self.arenas.work.clone();
-        while let Some((id, io)) = self.store.next_io(&mut |len| work.alloc(len)) {
+        let mut starved = false;
+        let mut alloc = |len: usize| {
+            let buf = work.alloc(len);
+            starved = buf.is_none();
+            buf
+        };
+        while let Some((id, io)) = self.store.next_io(&mut alloc) {
             let op = match io {
                 RoundIo::Write { offset, bufs } => Op::Write { file: DISK, offset, bufs, dsync: false },
                 RoundIo::Sync => Op::Sync { file: DISK },
             };
             self.submit(out, Task::Round(id), op);
         }
+        self.starved |= starved;
         let Some(done) = self.store.round_done() else { return false };
         self.write_checkpoints(done);
         true
@@ -138,6 +145,10 @@ impl Shard {
         }
         self.release_oldest(&mut written);
         let any = !written.is_empty();
+        if !any {
+            // What was purged, or superseded since the last round, may free a segment all the same.
+            self.log.borrow_mut().free_segments();
+        }
         // A round that changed nothing still ends: the next one is due by age.
         self.flush.phase = if any { Phase::Checkpoints(written) } else { Phase::Idle };
         self.flush.next = self.now.after_ms(100);
@@ -147,7 +158,7 @@ impl Shard {
     /// Rule 8: copysets that say nothing new must not pin the oldest segment when space is short.
     fn release_oldest(&self, written: &mut Checkpoints) {
         let mut log = self.log.borrow_mut();
-        if log.used_bytes() * 2 < log.capacity_bytes() {
+        if log.used_bytes() * 2 < log.capacity_bytes() && self.deferred.is_empty() {
             return;
         }
         for id in log.pinning() {

@@ -12,6 +12,8 @@ mod flush;
 mod propose;
 mod read;
 pub mod request;
+#[cfg(test)]
+mod tests;
 
 pub use boot::log_geometry;
 
@@ -34,6 +36,9 @@ pub const DISK: FileId = FileId(0);
 
 /// An idle log is sealed after this, milliseconds.
 const SEAL_AFTER_MS: u64 = 1_000;
+
+/// What found no buffer is tried again after this, milliseconds.
+const RETRY_MS: u64 = 1;
 
 /// What a shard is told at start.
 #[derive(Clone, Debug)]
@@ -179,6 +184,8 @@ pub struct Shard {
     /// When an idle log says that all of it is durable (rule 5).
     seal_at: Instant,
     incarnations: u64,
+    /// A log header, a metadata page or a payload of the replay found no buffer.
+    starved: bool,
     effects: Vec<Effect>,
     metrics: Arc<ShardMetrics>,
 }
@@ -239,15 +246,15 @@ impl Shard {
             State::Serving | State::Draining { .. } => {}
         }
         self.tick();
+        self.starved = false;
         loop {
-            self.admit_deferred(out);
-            self.admin_step(out);
-            let worked = self.raft_ready(out) | self.apply_ready(out);
-            if !worked {
+            self.work(out);
+            self.flush_step(out);
+            // A round that ended may have made the room that the first deferred write waits for.
+            if !self.may_admit() {
                 break;
             }
         }
-        self.flush_step(out);
         if self.seal_at <= self.now {
             // None: said already, or something is under way, which will set the time anew.
             self.log.borrow_mut().seal();
@@ -260,14 +267,33 @@ impl Shard {
         self.publish();
     }
 
+    fn work(&mut self, out: &mut Effects) {
+        loop {
+            self.admit_deferred(out);
+            self.admin_step(out);
+            let worked = self.raft_ready(out) | self.apply_ready(out);
+            if !worked {
+                return;
+            }
+        }
+    }
+
     /// When `end_turn` must run again even if nothing completes.
     #[must_use]
     pub fn deadline(&self) -> Instant {
         match self.state {
-            State::Serving | State::Draining { .. } => self.flush_deadline().min(self.next_tick).min(self.seal_at),
+            State::Serving | State::Draining { .. } => {
+                let retry = if self.wants_buffers() { self.now.after_ms(RETRY_MS) } else { Instant::FAR };
+                self.flush_deadline().min(self.next_tick).min(self.seal_at).min(retry)
+            }
             State::Boot(_) => self.boot_deadline(),
             State::Stopped | State::Failed(_) => Instant::FAR,
         }
+    }
+
+    /// Something waits for a buffer of the work arena. Those come back on other threads too, which wakes nobody.
+    fn wants_buffers(&self) -> bool {
+        self.starved || !self.read_queue.is_empty()
     }
 
     /// Requests are answered, by every shard of the disk.
@@ -408,7 +434,10 @@ impl Shard {
     fn write_log(&mut self, out: &mut Effects) {
         loop {
             let Some(len) = self.log.borrow_mut().next_header() else { return };
-            let Some(mut header) = self.arenas.work.alloc(len) else { return };
+            let Some(mut header) = self.arenas.work.alloc(len) else {
+                self.starved = true;
+                return;
+            };
             let write = self.log.borrow_mut().take_write(&mut header);
             let offset = self.layout.log_offset_of(self.config.shard) + write.offset;
             let payload: usize = write.payloads.iter().map(Bytes::len).sum();

@@ -10,8 +10,9 @@ use bytes::Bytes;
 use raftlog::CopysetId;
 use smallvec::SmallVec;
 
-/// Device reads leave this much of the work arena for what frees memory: log headers and metadata pages.
-const RESERVE: usize = 8 << 20;
+/// Device reads leave this much of the work arena, but a quarter of it at most, for what frees memory: log headers and
+/// metadata pages.
+pub(crate) const RESERVE: usize = 8 << 20;
 /// A checksum reads this much at a time, bytes.
 const HASH_STEP: u32 = 1 << 20;
 /// Zeros for unwritten blocks.
@@ -96,7 +97,8 @@ impl Shard {
             .filter_map(|(i, p)| if let Piece::Device { disk_offset, len, .. } = *p { Some((i, disk_offset, len as usize)) } else { None })
             .collect();
         let needed: usize = device.iter().map(|d| d.2.next_power_of_two()).sum();
-        if self.arenas.work.free_bytes() < needed + RESERVE {
+        let work = &self.arenas.work;
+        if work.free_bytes() < needed + RESERVE.min(work.size() / 4) {
             return false;
         }
         let mut bufs: SmallVec<[PoolBuf; 2]> = SmallVec::new();

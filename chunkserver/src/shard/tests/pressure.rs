@@ -1,0 +1,1 @@
+//! Every way to run out of something, and that it ends.
