@@ -8,6 +8,10 @@ use crate::chunk::RoundIo;
 use crate::io::{Instant, Op};
 use raftlog::{CopysetId, Index, Log, Seq};
 
+/// Longest tail of entries, and their payload, that is logged again to free a segment.
+const RELOG_ENTRIES_MAX: u64 = 16;
+const RELOG_BYTES_MAX: usize = 64 << 10;
+
 /// Checkpoints written, awaited: (batch, copyset, applied index).
 type Checkpoints = Vec<(Seq, CopysetId, u64)>;
 
@@ -184,7 +188,14 @@ impl Shard {
     }
 }
 
-/// A tail whose payloads are in memory. Applied entries' are not any more; the next round's checkpoint covers them.
+/// A tail that is short, and in memory. One that is on its way to be applied is covered by the next round's checkpoint;
+/// to log it again would take the very space that is short. (Applied entries are not in memory any more.)
 fn can_relog(log: &Log, id: CopysetId) -> bool {
-    log.index(id).map(Index::not_resident).is_some_and(|absent| absent.is_empty())
+    let short = |i: &Index| i.last_index() + 1 - i.first_index() <= RELOG_ENTRIES_MAX;
+    log.index(id).is_some_and(|i| {
+        let lens = i.first_index()..=i.last_index();
+        short(i)
+            && lens.filter_map(|n| i.payload_len(n)).sum::<usize>() <= RELOG_BYTES_MAX
+            && i.not_resident().is_empty()
+    })
 }

@@ -105,7 +105,9 @@ impl Model {
                 self.next_stamp += 1;
                 let stamp = self.next_stamp;
                 match world.write(copyset, chunk, first, blocks, stamp) {
-                    Some(slot) => self.changed(slot, (copyset, chunk), Change::Write { first, blocks, stamp }, per_chunk),
+                    Some(slot) => {
+                        self.changed(slot, (copyset, chunk), Change::Write { first, blocks, stamp }, per_chunk)
+                    }
                     None => world.shard().want_memory(),
                 }
             }
@@ -171,7 +173,11 @@ impl Model {
                 for (n, stamp) in got.iter().enumerate() {
                     let at = first as usize + n;
                     let legal = states.iter().flatten().any(|s| s[at] == *stamp);
-                    assert!(legal, "{key:?} block {at} reads {stamp}, legal are {:?}", states.iter().map(|s| s.as_ref().map(|s| s[at])).collect::<Vec<_>>());
+                    assert!(
+                        legal,
+                        "{key:?} block {at} reads {stamp}, legal are {:?}",
+                        states.iter().map(|s| s.as_ref().map(|s| s[at])).collect::<Vec<_>>()
+                    );
                 }
                 self.reads += 1;
             }

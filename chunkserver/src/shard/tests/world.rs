@@ -11,7 +11,7 @@ use raftlog::{BLOCK, CopysetId};
 use std::collections::BTreeMap;
 
 const SECTOR: usize = 512;
-pub(super) const PEER: u64 = 7;
+const PEER: u64 = 7;
 
 /// SplitMix64: a failure is its seed.
 pub(super) struct Rng(pub(super) u64);
@@ -148,11 +148,8 @@ impl World {
         };
         let layout = Layout::new(&params).unwrap();
         let payload = Arena::new(setup.payload_arena).unwrap();
-        let arenas = Arenas {
-            all_payload: vec![payload.clone()],
-            payload,
-            work: Arena::new(setup.work_arena).unwrap(),
-        };
+        let arenas =
+            Arenas { all_payload: vec![payload.clone()], payload, work: Arena::new(setup.work_arena).unwrap() };
         let image = vec![0; setup.size as usize];
         let disk = Disk { durable: image.clone(), current: image, volatile: Vec::new(), serial: 0 };
         let mut world = Self {
@@ -332,11 +329,6 @@ impl World {
 
     pub(super) fn in_flight(&self) -> usize {
         self.flights.len()
-    }
-
-    /// Whether a turn is due.
-    pub(super) fn turn_due(&self) -> bool {
-        self.pending_turn
     }
 
     /// Kinds of operations in flight: log writes, other writes, syncs, reads.
