@@ -1,0 +1,17 @@
+//! The simulator: whole nodes on a simulated disk, network and clock, under a checker.
+//!
+//! `SIM_SEED=n` replays one seed with its report, `SIM_SEEDS=n` runs that many (see `scripts/sim`); without either a
+//! few seeds run.
+
+mod checker;
+mod client;
+mod codec;
+mod disk;
+mod history;
+mod nemesis;
+mod net;
+mod rng;
+mod run;
+mod scenario;
+mod toy;
+mod world;
