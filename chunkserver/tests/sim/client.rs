@@ -259,7 +259,9 @@ impl Client {
                 }
             }
         }
-        self.act(world);
+        if self.rng.ppm(300_000) {
+            self.act(world);
+        }
     }
 
     fn answer(&mut self, world: &mut World, frame: &Frame) {
@@ -385,7 +387,7 @@ impl Actor for Client {
             if let Some((conn, _)) = self.conn.take() {
                 world.close(self.me, conn, false);
             }
-        } else if !self.thinking && self.waiting.is_empty() {
+        } else if !self.thinking {
             self.act(world);
         }
     }

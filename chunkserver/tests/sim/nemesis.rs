@@ -45,6 +45,9 @@ pub(crate) struct Nemesis {
     down: bool,
     /// The fault that is on ends with a crash, because a failed write or sync may have stopped the disk.
     crash_after: bool,
+    /// Errors the disk had given before an EIO fault began, and how often that fault may still be prolonged.
+    eio_before: u64,
+    prolong: u64,
     rude: Vec<ConnId>,
     pub(crate) counts: BTreeMap<&'static str, u64>,
     finished: bool,
@@ -62,6 +65,8 @@ impl Nemesis {
             again: 0,
             down: false,
             crash_after: false,
+            eio_before: 0,
+            prolong: 0,
             rude: Vec::new(),
             counts: BTreeMap::new(),
             finished: false,
@@ -84,6 +89,7 @@ impl Nemesis {
         *self.counts.entry(self.kind).or_default() += 1;
         self.crash_after = false;
         let ppm = self.rng.between(20_000, 400_000) as u32;
+        (self.eio_before, self.prolong) = (world.nodes[0].disk.counts.eio, 10);
         let faults = &mut world.nodes[0].disk.faults;
         match self.kind {
             "power cut" => return self.crash_soon(world, Crash::Power, 0),
@@ -150,6 +156,11 @@ impl Nemesis {
     }
 
     fn calm(&mut self, world: &mut World) {
+        // A fault that did not happen is none.
+        if self.kind.ends_with("EIO") && world.nodes[0].disk.counts.eio == self.eio_before && self.prolong > 0 {
+            self.prolong -= 1;
+            return self.after(world, 2_000, 50_000, CALM);
+        }
         world.nodes[0].disk.faults = Faults::default();
         world.net.faults = crate::net::Faults::default();
         self.history.borrow_mut().filling = false;
