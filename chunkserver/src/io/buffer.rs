@@ -14,14 +14,13 @@ use std::thread::ThreadId;
 
 /// Smallest piece and alignment, bytes.
 pub const BLOCK: usize = 4096;
-const MIN_SHIFT: u32 = BLOCK.trailing_zeros();
 const ORDERS: usize = 16; // 4 KiB .. 128 MiB
 const NIL: u32 = u32::MAX;
 
 /// Intrusive links of the remote-free stack, written into the freed memory itself.
 #[repr(C)]
 struct RemoteFree {
-    next: *mut RemoteFree,
+    next: *mut Self,
     order: u32,
 }
 
@@ -307,23 +306,38 @@ impl Drop for PoolBuf {
     }
 }
 
-/// Received bytes, on loan from the kernel implementation; dropping it gives the space back.
+/// Received bytes, on loan from the implementation of [`crate::io::Io`]; dropping it gives the space back.
 #[derive(Debug)]
-pub struct RecvBuf {
-    bytes: Bytes,
+pub struct RecvBuf(Received);
+
+#[derive(Debug)]
+enum Received {
+    Pooled(PoolBuf, usize),
+    Shared(Bytes),
 }
 
 impl RecvBuf {
-    /// Wrap received bytes; dropping the last reference returns the buffer.
+    /// Wrap received bytes.
     #[must_use]
     pub fn new(bytes: Bytes) -> Self {
-        Self { bytes }
+        Self(Received::Shared(bytes))
+    }
+
+    /// The first `len` bytes of a pool buffer.
+    #[must_use]
+    pub fn pooled(buf: PoolBuf, len: usize) -> Self {
+        assert!(len <= buf.len());
+        Self(Received::Pooled(buf, len))
     }
 }
+
 impl Deref for RecvBuf {
     type Target = [u8];
     fn deref(&self) -> &[u8] {
-        &self.bytes
+        match &self.0 {
+            Received::Pooled(buf, len) => buf.get(..*len).unwrap_or(&[]),
+            Received::Shared(bytes) => bytes,
+        }
     }
 }
 

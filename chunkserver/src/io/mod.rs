@@ -69,6 +69,7 @@ impl std::error::Error for Errno {}
 /// Buffers of one vectored write or send.
 pub type Bufs = SmallVec<[Bytes; 4]>;
 
+#[expect(clippy::large_enum_variant, reason = "ops live on queues of values; boxing would allocate per operation")]
 /// What to do. Disk offsets and lengths are multiples of 4 KiB and buffers are 4 KiB aligned (O_DIRECT).
 #[derive(Debug)]
 pub enum Op {

@@ -1,1 +1,748 @@
-//! stub
+//! The only file that knows io_uring: one ring per shard, one `io_uring_enter` a turn. One of the two rooms with `unsafe`.
+//!
+//! Every operation in flight owns its memory through a [`Flight`]: buffers, iovecs and the message header live there,
+//! at stable addresses, until the kernel has posted the completion. A `Uring` that is dropped with operations in
+//! flight leaks their flights on purpose: the kernel may still write into them.
+//!
+//! Ring: SINGLE_ISSUER, DEFER_TASKRUN, SUBMIT_ALL; disk files and the arenas are registered; receives pick their
+//! buffer from a provided-buffer ring, so a waiting receive owns no memory.
+
+use crate::io::buffer::{Arena, BLOCK, PoolBuf, RecvBuf};
+use crate::io::{Completion, ConnId, Done, Errno, Instant, Io, Op, Token};
+use bytes::Bytes;
+use io_uring::types::{BufRingEntry, Fd, Fixed, FsyncFlags, SubmitArgs, Timespec};
+use io_uring::{IoUring, cqueue, opcode, squeue};
+use smallvec::SmallVec;
+use std::os::fd::{AsRawFd, OwnedFd, RawFd};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicI32, AtomicU16, AtomicU64, Ordering};
+
+/// Oldest kernel this was built for.
+pub const KERNEL_MIN: &str = "6.1";
+
+/// Why io_uring cannot be used here. There is no fallback engine (decision 0002).
+#[derive(Debug, thiserror::Error)]
+pub enum SetupError {
+    /// The kernel has no io_uring.
+    #[error("this kernel has no io_uring; Linux {KERNEL_MIN} or newer is needed")]
+    Missing,
+    /// A policy forbids it.
+    #[error(
+        "io_uring is forbidden here (seccomp profile, or sysctl kernel.io_uring_disabled); allow it and start again"
+    )]
+    Forbidden,
+    /// A feature is missing.
+    #[error("io_uring of this kernel lacks {0}; Linux {KERNEL_MIN} or newer is needed")]
+    TooOld(&'static str),
+    /// Not enough memory to lock.
+    #[error("io_uring could not lock memory for its rings; raise RLIMIT_MEMLOCK")]
+    Memlock,
+    /// Anything else.
+    #[error("io_uring: {0}")]
+    Other(#[from] std::io::Error),
+}
+
+fn classify(error: std::io::Error) -> SetupError {
+    match error.raw_os_error() {
+        Some(libc::ENOSYS) => SetupError::Missing,
+        Some(libc::EPERM | libc::EACCES) => SetupError::Forbidden,
+        Some(libc::EINVAL) => SetupError::TooOld("SINGLE_ISSUER or DEFER_TASKRUN"),
+        Some(libc::ENOMEM) => SetupError::Memlock,
+        _ => SetupError::Other(error),
+    }
+}
+
+/// Try what a shard needs and throw it away again: the start-up probe.
+///
+/// # Errors
+/// Says in one line what is missing.
+pub fn probe() -> Result<(), SetupError> {
+    let ring = build(8)?;
+    let mut probe = io_uring::Probe::new();
+    ring.submitter().register_probe(&mut probe).map_err(classify)?;
+    for (code, name) in [
+        (opcode::Writev::CODE, "WRITEV"),
+        (opcode::ReadFixed::CODE, "READ_FIXED"),
+        (opcode::Accept::CODE, "ACCEPT"),
+        (opcode::Recv::CODE, "RECV"),
+        (opcode::SendMsg::CODE, "SENDMSG"),
+        (opcode::Shutdown::CODE, "SHUTDOWN"),
+        (opcode::MsgRingData::CODE, "MSG_RING"),
+    ] {
+        if !probe.is_supported(code) {
+            return Err(SetupError::TooOld(name));
+        }
+    }
+    Ok(())
+}
+
+fn build(entries: u32) -> Result<IoUring, SetupError> {
+    let mut builder = IoUring::builder();
+    builder.setup_single_issuer().setup_defer_taskrun().setup_taskrun_flag().setup_submit_all();
+    builder.setup_cqsize(entries * 4);
+    builder.build(entries).map_err(classify)
+}
+
+/// How a shard finds the others to wake them: ring and event fd of each.
+#[derive(Debug)]
+pub struct Doorbells {
+    rings: Vec<AtomicI32>,
+    events: Vec<OwnedFd>,
+}
+
+impl Doorbells {
+    /// For `shards` shards.
+    ///
+    /// # Errors
+    /// When the process is out of file descriptors.
+    pub fn new(shards: u16) -> std::io::Result<Arc<Self>> {
+        let events = (0..shards)
+            .map(|_| Ok(rustix::event::eventfd(0, rustix::event::EventfdFlags::CLOEXEC)?))
+            .collect::<std::io::Result<_>>()?;
+        Ok(Arc::new(Self { rings: (0..shards).map(|_| AtomicI32::new(-1)).collect(), events }))
+    }
+
+    /// Wake a shard from a thread without a ring (the control thread). One system call.
+    pub fn ring(&self, shard: u16) {
+        if let Some(event) = self.events.get(usize::from(shard)) {
+            let _ = rustix::io::write(event, &1u64.to_ne_bytes());
+        }
+    }
+}
+
+/// What a ring is made of.
+#[derive(Debug)]
+pub struct Setup {
+    /// This shard.
+    pub shard: u16,
+    /// Disk files, by [`crate::io::FileId`].
+    pub files: Vec<RawFd>,
+    /// Listening sockets, by [`crate::io::ListenerId`].
+    pub listeners: Vec<RawFd>,
+    /// Every shard's arena: payloads may come from any of them.
+    pub arenas: Vec<Arc<Arena>>,
+    /// Submission queue entries.
+    pub entries: u32,
+    /// Receive buffers (a power of two) and their size, bytes.
+    pub recv_buffers: (u16, usize),
+    /// How to wake the others.
+    pub doorbells: Arc<Doorbells>,
+}
+
+/// System calls and completions of one ring, readable from any thread.
+#[derive(Debug, Default)]
+pub struct RingCounters {
+    /// `io_uring_enter` calls.
+    pub enters: AtomicU64,
+    /// Completions reaped.
+    pub completions: AtomicU64,
+}
+
+enum Kind {
+    Free,
+    Read(Option<PoolBuf>),
+    Write { len: usize },
+    Sync,
+    Accept,
+    Recv,
+    RecvInto(Option<PoolBuf>),
+    Send { conn: ConnId, len: usize, sent: usize },
+    Close,
+}
+
+/// One operation in flight; boxed so that its address is stable.
+struct Flight {
+    token: Token,
+    kind: Kind,
+    bufs: SmallVec<[Bytes; 16]>,
+    iov: Vec<libc::iovec>,
+    header: libc::msghdr,
+}
+
+impl Flight {
+    fn new() -> Box<Self> {
+        // SAFETY: an all-zero msghdr is a valid "nothing" value.
+        let header = unsafe { std::mem::zeroed() };
+        Box::new(Self { token: Token(0), kind: Kind::Free, bufs: SmallVec::new(), iov: Vec::with_capacity(64), header })
+    }
+}
+
+// User data of completions that belong to no flight.
+const IGNORE: u64 = u64::MAX;
+const WAKE: u64 = u64::MAX - 1;
+const DOORBELL: u64 = u64::MAX - 2;
+const RECV_GROUP: u16 = 0;
+
+/// The receive buffers offered to the kernel.
+struct RecvRing {
+    arena: Arc<Arena>,
+    entries: std::ptr::NonNull<BufRingEntry>,
+    mask: u16,
+    size: usize,
+    tail: u16,
+    slots: Vec<Option<PoolBuf>>,
+    missing: Vec<u16>,
+}
+
+/// One shard's ring.
+pub struct Uring {
+    ring: IoUring,
+    shard: u16,
+    listeners: Vec<RawFd>,
+    regions: Vec<(usize, usize)>,
+    fixed: bool,
+    recv: RecvRing,
+    #[expect(clippy::vec_box, reason = "the kernel holds pointers into a flight: its address must not change")]
+    flights: Vec<Box<Flight>>,
+    free: Vec<u32>,
+    in_flight: usize,
+    doorbells: Arc<Doorbells>,
+    doorbell_value: Box<u64>,
+    now: Instant,
+    counters: Arc<RingCounters>,
+}
+
+impl std::fmt::Debug for Uring {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Uring").field("shard", &self.shard).field("in_flight", &self.in_flight).finish_non_exhaustive()
+    }
+}
+
+/// CLOCK_BOOTTIME.
+#[must_use]
+pub fn clock() -> Instant {
+    let t = rustix::time::clock_gettime(rustix::time::ClockId::Boottime);
+    Instant(t.tv_sec as u64 * 1_000_000_000 + t.tv_nsec as u64)
+}
+
+impl Uring {
+    /// Build the ring; must run on the thread that will use it.
+    ///
+    /// # Errors
+    /// [`SetupError`], in one line.
+    pub fn new(setup: Setup) -> Result<Self, SetupError> {
+        let ring = build(setup.entries)?;
+        if !setup.files.is_empty() {
+            ring.submitter().register_files(&setup.files)?;
+        }
+        let fixed = register_arenas(&ring, &setup.arenas);
+        let recv = RecvRing::new(&ring, setup.recv_buffers.0, setup.recv_buffers.1)?;
+        setup.doorbells.rings[usize::from(setup.shard)].store(ring.as_raw_fd(), Ordering::Release);
+        let regions = setup.arenas.iter().map(|a| (a.region().0 as usize, a.region().1)).collect();
+        let mut this = Self {
+            ring,
+            shard: setup.shard,
+            listeners: setup.listeners,
+            regions,
+            fixed,
+            recv,
+            flights: Vec::new(),
+            free: Vec::new(),
+            in_flight: 0,
+            doorbells: setup.doorbells,
+            doorbell_value: Box::new(0),
+            now: clock(),
+            counters: Arc::default(),
+        };
+        this.watch_doorbell();
+        Ok(this)
+    }
+
+    /// Counters, shared with whoever reports them.
+    #[must_use]
+    pub fn counters(&self) -> Arc<RingCounters> {
+        Arc::clone(&self.counters)
+    }
+
+    fn watch_doorbell(&mut self) {
+        let event = Fd(self.doorbells.events[usize::from(self.shard)].as_raw_fd());
+        let entry = opcode::Read::new(event, std::ptr::from_mut(&mut *self.doorbell_value).cast(), 8);
+        self.push(&entry.build().user_data(DOORBELL));
+    }
+
+    fn push(&mut self, entry: &squeue::Entry) {
+        loop {
+            // SAFETY: every pointer in the entry leads into a `Flight`, the receive ring or a field of `self`, all of
+            // which outlive the operation (see the module text).
+            if unsafe { self.ring.submission().push(entry) }.is_ok() {
+                return;
+            }
+            self.enter(0);
+        }
+    }
+
+    fn take(&mut self, token: Token, kind: Kind) -> u32 {
+        let slot = self.free.pop().unwrap_or_else(|| {
+            self.flights.push(Flight::new());
+            (self.flights.len() - 1) as u32
+        });
+        let flight = &mut self.flights[slot as usize];
+        flight.token = token;
+        flight.kind = kind;
+        self.in_flight += 1;
+        slot
+    }
+
+    /// Index of the registered region that holds the whole range.
+    fn region(&self, ptr: *const u8, len: usize) -> Option<u16> {
+        if !self.fixed {
+            return None;
+        }
+        let at = ptr as usize;
+        self.regions.iter().position(|&(base, size)| at >= base && at + len <= base + size).map(|i| i as u16)
+    }
+
+    fn enter(&mut self, wait_ns: u64) {
+        self.counters.enters.store(self.counters.enters.load(Ordering::Relaxed) + 1, Ordering::Relaxed);
+        let timeout = Timespec::new().sec(wait_ns / 1_000_000_000).nsec((wait_ns % 1_000_000_000) as u32);
+        let result = if wait_ns == u64::MAX {
+            self.ring.submitter().submit_and_wait(1)
+        } else {
+            self.ring.submitter().submit_with_args(1, &SubmitArgs::new().timespec(&timeout))
+        };
+        if let Err(error) = result {
+            match error.raw_os_error() {
+                Some(libc::ETIME | libc::EINTR | libc::EBUSY | libc::EAGAIN) => {}
+                _ => panic!("io_uring_enter failed: {error}"),
+            }
+        }
+    }
+
+    fn submit_read(&mut self, token: Token, file: u32, offset: u64, mut buf: PoolBuf) {
+        let (ptr, len) = (buf.as_mut_ptr(), buf.len() as u32);
+        let entry = match self.region(ptr, len as usize) {
+            Some(index) => opcode::ReadFixed::new(Fixed(file), ptr, len, index).offset(offset).build(),
+            None => opcode::Read::new(Fixed(file), ptr, len).offset(offset).build(),
+        };
+        let slot = self.take(token, Kind::Read(Some(buf)));
+        self.push(&entry.user_data(u64::from(slot)));
+    }
+
+    fn submit_write(&mut self, token: Token, file: u32, offset: u64, bufs: impl Iterator<Item = Bytes>, dsync: bool) {
+        let slot = self.take(token, Kind::Free);
+        let flight = &mut self.flights[slot as usize];
+        flight.bufs.extend(bufs);
+        let len = fill_iov(&flight.bufs, 0, &mut flight.iov);
+        flight.kind = Kind::Write { len };
+        let flags = if dsync { libc::RWF_DSYNC } else { 0 };
+        let (iov, count) = (flight.iov.as_ptr(), flight.iov.len());
+        let single = (count == 1).then(|| (flight.bufs[0].as_ptr(), flight.bufs[0].len()));
+        let entry = match single.and_then(|(ptr, len)| Some((ptr, len, self.region(ptr, len)?))) {
+            Some((ptr, len, index)) => {
+                opcode::WriteFixed::new(Fixed(file), ptr, len as u32, index).offset(offset).rw_flags(flags).build()
+            }
+            None => opcode::Writev::new(Fixed(file), iov, count as u32).offset(offset).rw_flags(flags).build(),
+        };
+        self.push(&entry.user_data(u64::from(slot)));
+    }
+
+    fn submit_send(&mut self, token: Token, conn: ConnId, bufs: SmallVec<[Bytes; 16]>) {
+        let slot = self.take(token, Kind::Free);
+        let flight = &mut self.flights[slot as usize];
+        flight.bufs = bufs;
+        let len = flight.bufs.iter().map(Bytes::len).sum();
+        flight.kind = Kind::Send { conn, len, sent: 0 };
+        self.push_send(slot);
+    }
+
+    /// Push the unsent rest of a send.
+    fn push_send(&mut self, slot: u32) {
+        let flight = &mut self.flights[slot as usize];
+        let Kind::Send { conn, sent, .. } = flight.kind else { return };
+        fill_iov(&flight.bufs, sent, &mut flight.iov);
+        flight.header.msg_iov = flight.iov.as_mut_ptr();
+        flight.header.msg_iovlen = flight.iov.len();
+        let flags = (libc::MSG_WAITALL | libc::MSG_NOSIGNAL) as u32;
+        let entry = opcode::SendMsg::new(Fd(conn.0), &raw const flight.header).flags(flags).build();
+        self.push(&entry.user_data(u64::from(slot)));
+    }
+
+    fn submit_close(&mut self, token: Token, conn: ConnId) {
+        let slot = self.take(token, Kind::Close);
+        let shutdown = opcode::Shutdown::new(Fd(conn.0), libc::SHUT_RDWR).build();
+        self.push(&shutdown.flags(squeue::Flags::IO_HARDLINK).user_data(IGNORE));
+        self.push(&opcode::Close::new(Fd(conn.0)).build().user_data(u64::from(slot)));
+    }
+
+    fn submit_wake(&mut self, shard: u16) {
+        let fd = self.doorbells.rings[usize::from(shard)].load(Ordering::Acquire);
+        if fd < 0 {
+            self.doorbells.ring(shard); // not started yet: its event fd keeps the wake-up
+            return;
+        }
+        let entry = opcode::MsgRingData::new(Fd(fd), 0, WAKE, None).build();
+        self.push(&entry.flags(squeue::Flags::SKIP_SUCCESS).user_data(IGNORE));
+    }
+
+    fn reap(&mut self, out: &mut Vec<Completion>) {
+        let mut resend: SmallVec<[u32; 4]> = SmallVec::new();
+        let mut watch = false;
+        let mut count = 0;
+        // SAFETY: this thread is the only one that touches the ring's completion queue.
+        let completions = unsafe { self.ring.completion_shared() };
+        for entry in completions {
+            count += 1;
+            match entry.user_data() {
+                IGNORE => {}
+                WAKE => out.push(Completion { token: Token(0), done: Done::Wake }),
+                DOORBELL => {
+                    watch = true;
+                    out.push(Completion { token: Token(0), done: Done::Wake });
+                }
+                slot => {
+                    let slot = slot as u32;
+                    let flight = &mut self.flights[slot as usize];
+                    match finish(flight, &entry, &mut self.recv) {
+                        Some(done) => {
+                            out.push(Completion { token: flight.token, done });
+                            flight.kind = Kind::Free;
+                            flight.bufs.clear();
+                            self.free.push(slot);
+                            self.in_flight -= 1;
+                        }
+                        None => resend.push(slot),
+                    }
+                }
+            }
+        }
+        self.counters.completions.store(self.counters.completions.load(Ordering::Relaxed) + count, Ordering::Relaxed);
+        for slot in resend {
+            self.push_send(slot);
+        }
+        if watch {
+            self.watch_doorbell();
+        }
+        self.recv.refill();
+    }
+}
+
+/// Turn a kernel completion into ours; `None` = a short send that goes on.
+fn finish(flight: &mut Flight, entry: &cqueue::Entry, recv: &mut RecvRing) -> Option<Done> {
+    let result = entry.result();
+    let errno = || Errno(-result);
+    let whole = |len: usize| {
+        if result < 0 {
+            Err(errno())
+        } else if result as usize == len {
+            Ok(())
+        } else {
+            Err(Errno(libc::EIO))
+        }
+    };
+    Some(match &mut flight.kind {
+        Kind::Read(buf) => {
+            let buf = buf.take().expect("a read owns its buffer");
+            let result = whole(buf.len());
+            Done::Read { buf, result }
+        }
+        Kind::Write { len } => Done::Write(whole(*len)),
+        Kind::Sync => Done::Sync(whole(0)),
+        Kind::Accept => Done::Accept(if result < 0 { Err(errno()) } else { Ok(ConnId(result)) }),
+        Kind::Recv => Done::Recv(if result < 0 {
+            Err(errno())
+        } else {
+            Ok(match cqueue::buffer_select(entry.flags()) {
+                Some(id) => recv.take(id, result as usize),
+                None => RecvBuf::new(Bytes::new()),
+            })
+        }),
+        Kind::RecvInto(buf) => Done::RecvInto {
+            buf: buf.take().expect("a receive owns its buffer"),
+            result: if result < 0 { Err(errno()) } else { Ok(result as usize) },
+        },
+        Kind::Send { len, sent, .. } => {
+            if result < 0 {
+                Done::Send(Err(errno()))
+            } else {
+                *sent += result as usize;
+                if *sent < *len && result > 0 {
+                    return None;
+                }
+                Done::Send(if *sent == *len { Ok(()) } else { Err(Errno(libc::EPIPE)) })
+            }
+        }
+        Kind::Close => Done::Close,
+        Kind::Free => unreachable!("a completion for a free flight"),
+    })
+}
+
+/// Describe `bufs` without their first `skip` bytes; returns the length described.
+fn fill_iov(bufs: &[Bytes], mut skip: usize, iov: &mut Vec<libc::iovec>) -> usize {
+    iov.clear();
+    let mut total = 0;
+    for buf in bufs {
+        if skip >= buf.len() {
+            skip -= buf.len();
+            continue;
+        }
+        let rest = &buf[skip..];
+        skip = 0;
+        total += rest.len();
+        iov.push(libc::iovec { iov_base: rest.as_ptr().cast_mut().cast(), iov_len: rest.len() });
+    }
+    total
+}
+
+/// Register the arenas as fixed buffers; without enough lockable memory go on unregistered, with one warning.
+fn register_arenas(ring: &IoUring, arenas: &[Arc<Arena>]) -> bool {
+    let iov: Vec<_> = arenas
+        .iter()
+        .map(|a| libc::iovec { iov_base: a.region().0.cast_mut().cast(), iov_len: a.region().1 })
+        .collect();
+    // SAFETY: the regions stay mapped while any buffer of theirs is alive; a flight keeps its buffer alive.
+    match unsafe { ring.submitter().register_buffers(&iov) } {
+        Ok(()) => true,
+        Err(error) => {
+            static ONCE: std::sync::Once = std::sync::Once::new();
+            ONCE.call_once(|| {
+                tracing::warn!(%error, "buffers are not registered with io_uring (RLIMIT_MEMLOCK?); I/O costs a little more CPU");
+            });
+            false
+        }
+    }
+}
+
+impl RecvRing {
+    fn new(ring: &IoUring, count: u16, size: usize) -> Result<Self, SetupError> {
+        assert!(count.is_power_of_two() && size.is_multiple_of(BLOCK));
+        // Twice as many buffers as the kernel is offered: those being parsed must not starve the ring.
+        let ring_bytes = usize::from(count) * size_of::<BufRingEntry>();
+        let arena = Arena::new(usize::from(count) * 2 * size + ring_bytes.next_multiple_of(BLOCK).next_power_of_two())?;
+        let mut table = arena.alloc(ring_bytes).expect("the arena was sized for it");
+        let entries = std::ptr::NonNull::new(table.as_mut_ptr().cast::<BufRingEntry>()).expect("not null");
+        // SAFETY: page-aligned memory of the right size; it is leaked right below, so it outlives the ring.
+        unsafe { ring.submitter().register_buf_ring_with_flags(entries.as_ptr() as u64, count, RECV_GROUP, 0) }
+            .map_err(classify)?;
+        std::mem::forget(table);
+        let slots = (0..count).map(|_| None).collect();
+        let mut this =
+            Self { arena, entries, mask: count - 1, size, tail: 0, slots, missing: (0..count).rev().collect() };
+        this.refill();
+        Ok(this)
+    }
+
+    fn take(&mut self, id: u16, len: usize) -> RecvBuf {
+        let buf = self.slots[usize::from(id)].take().expect("the kernel picks among offered buffers");
+        self.missing.push(id);
+        RecvBuf::pooled(buf, len)
+    }
+
+    /// Offer a fresh buffer for every slot that was used.
+    fn refill(&mut self) {
+        let before = self.tail;
+        while let Some(id) = self.missing.pop() {
+            let Some(mut buf) = self.arena.alloc(self.size) else {
+                self.missing.push(id);
+                break;
+            };
+            // SAFETY: the index is masked to the table's size; only this thread writes entries, and the kernel reads
+            // an entry only after the tail store below.
+            let entry = unsafe { &mut *self.entries.as_ptr().add(usize::from(self.tail & self.mask)) };
+            entry.set_addr(buf.as_mut_ptr() as u64);
+            entry.set_len(buf.len() as u32);
+            entry.set_bid(id);
+            self.slots[usize::from(id)] = Some(buf);
+            self.tail = self.tail.wrapping_add(1);
+        }
+        if before != self.tail {
+            // SAFETY: the tail is the `resv` field of the first entry, written by us alone, read by the kernel.
+            unsafe {
+                let tail = BufRingEntry::tail(self.entries.as_ptr()).cast::<AtomicU16>();
+                (*tail).store(self.tail, Ordering::Release);
+            }
+        }
+    }
+}
+
+impl Io for Uring {
+    fn now(&self) -> Instant {
+        self.now
+    }
+
+    fn submit(&mut self, token: Token, op: Op) {
+        match op {
+            Op::Read { file, offset, buf } => self.submit_read(token, file.0, offset, buf),
+            Op::Write { file, offset, bufs, dsync } => {
+                self.submit_write(token, file.0, offset, bufs.into_iter(), dsync)
+            }
+            Op::Sync { file } => {
+                let slot = self.take(token, Kind::Sync);
+                let entry = opcode::Fsync::new(Fixed(file.0)).flags(FsyncFlags::DATASYNC).build();
+                self.push(&entry.user_data(u64::from(slot)));
+            }
+            Op::Accept { listener } => {
+                let slot = self.take(token, Kind::Accept);
+                let fd = Fd(self.listeners[listener.0 as usize]);
+                let entry = opcode::Accept::new(fd, std::ptr::null_mut(), std::ptr::null_mut());
+                self.push(&entry.flags(libc::SOCK_CLOEXEC).build().user_data(u64::from(slot)));
+            }
+            Op::Recv { conn } => {
+                let slot = self.take(token, Kind::Recv);
+                let entry = opcode::Recv::new(Fd(conn.0), std::ptr::null_mut(), 0).buf_group(RECV_GROUP).build();
+                self.push(&entry.flags(squeue::Flags::BUFFER_SELECT).user_data(u64::from(slot)));
+            }
+            Op::RecvInto { conn, mut buf, filled } => {
+                let rest = &mut buf[filled..];
+                let entry = opcode::Recv::new(Fd(conn.0), rest.as_mut_ptr(), rest.len() as u32).build();
+                let slot = self.take(token, Kind::RecvInto(Some(buf)));
+                self.push(&entry.user_data(u64::from(slot)));
+            }
+            Op::Send { conn, bufs } => self.submit_send(token, conn, bufs),
+            Op::Close { conn } => self.submit_close(token, conn),
+            Op::Wake { shard } => self.submit_wake(shard.0),
+        }
+    }
+
+    fn turn(&mut self, deadline: Instant, out: &mut Vec<Completion>) {
+        let wait = if deadline == Instant::FAR { u64::MAX } else { deadline.since_ns(clock()) };
+        self.enter(wait);
+        self.now = clock();
+        self.reap(out);
+    }
+}
+
+impl Drop for Uring {
+    fn drop(&mut self) {
+        self.doorbells.rings[usize::from(self.shard)].store(-1, Ordering::Release);
+        // Operations may still be in flight: their memory, and the receive buffers, must stay.
+        for flight in self.flights.drain(..) {
+            if !matches!(flight.kind, Kind::Free) {
+                std::mem::forget(flight);
+            }
+        }
+        for buf in self.recv.slots.drain(..).flatten() {
+            std::mem::forget(buf);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::io::{FileId, ListenerId, ShardId};
+    use std::io::{Read, Write};
+
+    fn ring(files: Vec<RawFd>, listeners: Vec<RawFd>, shard: u16, doorbells: &Arc<Doorbells>) -> (Uring, Arc<Arena>) {
+        let arena = Arena::new(4 << 20).unwrap();
+        let setup = Setup {
+            shard,
+            files,
+            listeners,
+            arenas: vec![Arc::clone(&arena)],
+            entries: 64,
+            recv_buffers: (8, 16 << 10),
+            doorbells: Arc::clone(doorbells),
+        };
+        (Uring::new(setup).unwrap(), arena)
+    }
+
+    fn wait(io: &mut Uring, count: usize) -> Vec<Completion> {
+        let mut out = Vec::new();
+        let deadline = clock().after_ms(5_000);
+        while out.len() < count && clock() < deadline {
+            io.turn(deadline, &mut out);
+        }
+        assert_eq!(out.len(), count, "{out:?}");
+        out
+    }
+
+    #[test]
+    fn disk_round_trip_vectored_and_synced() {
+        let file = tempfile::tempfile().unwrap();
+        file.set_len(1 << 20).unwrap();
+        let bells = Doorbells::new(1).unwrap();
+        let (mut io, arena) = ring(vec![file.as_raw_fd()], vec![], 0, &bells);
+        let bufs = (1..=3u8)
+            .map(|i| {
+                let mut buf = arena.alloc(BLOCK).unwrap();
+                buf.fill(i);
+                buf.freeze()
+            })
+            .collect();
+        io.submit(Token(7), Op::Write { file: FileId(0), offset: 8192, bufs, dsync: true });
+        assert!(matches!(wait(&mut io, 1)[0], Completion { token: Token(7), done: Done::Write(Ok(())) }));
+        io.submit(Token(8), Op::Sync { file: FileId(0) });
+        io.submit(Token(9), Op::Read { file: FileId(0), offset: 8192, buf: arena.alloc(3 * BLOCK).unwrap() });
+        io.submit(Token(10), Op::Read { file: FileId(0), offset: (1 << 20) - 4096, buf: arena.alloc(8192).unwrap() });
+        for c in wait(&mut io, 3) {
+            match (c.token.0, c.done) {
+                (8, Done::Sync(result)) => result.unwrap(),
+                (9, Done::Read { buf, result }) => {
+                    result.unwrap();
+                    assert!(buf.chunks(BLOCK).zip(1..).all(|(block, i)| block.iter().all(|&b| b == i)));
+                }
+                (10, Done::Read { result, .. }) => assert_eq!(result, Err(Errno(libc::EIO)), "short reads are errors"),
+                other => panic!("{other:?}"),
+            }
+        }
+        assert_eq!(arena.free_bytes(), 4 << 20, "every buffer came back");
+    }
+
+    #[test]
+    fn sockets_accept_receive_send_close() {
+        let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        let bells = Doorbells::new(1).unwrap();
+        let (mut io, arena) = ring(vec![], vec![listener.as_raw_fd()], 0, &bells);
+        io.submit(Token(1), Op::Accept { listener: ListenerId(0) });
+        let mut client = std::net::TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        let Done::Accept(Ok(conn)) = wait(&mut io, 1).remove(0).done else { panic!() };
+        io.submit(Token(2), Op::Recv { conn });
+        client.write_all(b"hello").unwrap();
+        let Done::Recv(Ok(data)) = wait(&mut io, 1).remove(0).done else { panic!() };
+        assert_eq!(&*data, b"hello");
+        drop(data);
+        io.submit(Token(3), Op::RecvInto { conn, buf: arena.alloc(BLOCK).unwrap(), filled: 5 });
+        client.write_all(b" world").unwrap();
+        let Done::RecvInto { buf, result } = wait(&mut io, 1).remove(0).done else { panic!() };
+        assert_eq!((result, &buf[5..11]), (Ok(6), &b" world"[..]));
+        let big = Bytes::from(vec![9u8; 3 << 20]);
+        io.submit(Token(4), Op::Send { conn, bufs: [Bytes::from_static(b"x"), big.clone()].into_iter().collect() });
+        let reader = std::thread::spawn(move || {
+            let mut all = vec![0; 1 + (3 << 20)];
+            client.read_exact(&mut all).unwrap();
+            (client, all)
+        });
+        assert!(matches!(wait(&mut io, 1)[0].done, Done::Send(Ok(()))));
+        let (client, all) = reader.join().unwrap();
+        assert!(all[0] == b'x' && all[1..] == big[..]);
+        io.submit(Token(5), Op::Recv { conn });
+        io.submit(Token(6), Op::Close { conn });
+        for c in wait(&mut io, 2) {
+            match c.done {
+                Done::Recv(data) => assert!(data.is_ok_and(|d| d.is_empty())),
+                Done::Close => assert_eq!(c.token, Token(6)),
+                other => panic!("{other:?}"),
+            }
+        }
+        drop(client);
+    }
+
+    #[test]
+    fn shards_and_foreign_threads_wake_a_turn() {
+        let bells = Doorbells::new(2).unwrap();
+        let (mut a, _arena) = ring(vec![], vec![], 0, &bells);
+        let other = Arc::clone(&bells);
+        let thread = std::thread::spawn(move || {
+            let (mut b, _arena) = ring(vec![], vec![], 1, &other);
+            b.submit(Token(0), Op::Wake { shard: ShardId(0) });
+            let mut out = Vec::new();
+            b.turn(clock(), &mut out);
+            other.ring(0);
+            while out.is_empty() {
+                b.turn(Instant::FAR, &mut out);
+            }
+            assert!(matches!(out[0].done, Done::Wake));
+        });
+        let mut woken = Vec::new();
+        while woken.len() < 2 {
+            a.turn(Instant::FAR, &mut woken); // one from the ring of the other shard, one from its thread
+        }
+        assert!(woken.iter().all(|c| matches!(c.done, Done::Wake)));
+        while !thread.is_finished() {
+            a.submit(Token(0), Op::Wake { shard: ShardId(1) });
+            let mut out = Vec::new();
+            a.turn(clock().after_ms(5), &mut out);
+        }
+        thread.join().unwrap();
+    }
+}
