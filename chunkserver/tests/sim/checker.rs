@@ -26,7 +26,7 @@ pub(crate) struct BlockOp {
 
 /// The block began as 0. Writes without an answer may happen at any time after their start, or never.
 pub(crate) fn check(ops: &[BlockOp]) -> Result<(), String> {
-    let seen: BTreeSet<u64> = ops.iter().filter_map(|op| read(op)).collect();
+    let seen: BTreeSet<u64> = ops.iter().filter_map(read).collect();
     // A write nobody saw and nobody answered constrains nothing: put it at the end of time.
     let relevant = |op: &&BlockOp| match op.kind {
         Kind::Write(value) => op.end != NEVER || seen.contains(&value),

@@ -3,7 +3,7 @@
 //! Every operation is tried once; what its answer promises goes into the history. A client that sweeps reads a list of
 //! blocks, each again and again until it is answered.
 
-use crate::codec::{self, ChunkRequest, Frame};
+use crate::codec::{self, ChunkRequest, Frame, Value};
 use crate::history::{BLOCK, History, Kind, Outcome, Place, Record, stamp, unstamp};
 use crate::rng::Rng;
 use crate::run::Actor;
@@ -292,7 +292,7 @@ impl Client {
         let mut record = history.records[id].clone();
         record.end = world.stamp();
         record.outcome = match (status, record.kind) {
-            (0, _) | (7, Kind::Zero) => Outcome::Done,
+            (0, _) | (7, Kind::Zero | Kind::Delete) => Outcome::Done,
             (7, Kind::Read) => {
                 record.seen = vec![0; record.blocks as usize];
                 Outcome::Done
@@ -306,6 +306,11 @@ impl Client {
         }
         if status == 4 || status == 10 {
             history.violations.push(format!("a good request was refused with {status}: {record:?}"));
+        }
+        let versions = codec::fields(&frame.body).unwrap_or_default();
+        if record.kind == Kind::Info && versions.iter().any(|&(field, v)| field == 3 && !matches!(v, Value::Number(1)))
+        {
+            history.violations.push(format!("a version nobody wrote with: {versions:?} for {record:?}"));
         }
         if record.kind == Kind::Read && status == 0 {
             if frame.attachment.len() as u64 != record.blocks * BLOCK as u64 {

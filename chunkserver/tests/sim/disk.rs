@@ -319,3 +319,140 @@ fn assert_aligned(offset: u64, buf: &[u8]) {
     assert!(buf.len().is_multiple_of(BLOCK), "O_DIRECT length {}", buf.len());
     assert!((buf.as_ptr() as usize).is_multiple_of(BLOCK), "O_DIRECT memory {:p}", buf.as_ptr());
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use bytes::Bytes;
+    use chunkserver::io::buffer::Arena;
+    use chunkserver::io::{FileId, Token};
+    use std::sync::Arc;
+
+    const FILE: FileId = FileId(0);
+    const ROUTE: Route = Route { node: 0, shard: 0, life: 1, token: Token(0) };
+
+    struct Bench {
+        disk: Disk,
+        arena: Arc<Arena>,
+        rng: Rng,
+    }
+
+    impl Bench {
+        fn new(seed: u64) -> Self {
+            Self { disk: Disk::new(1 << 20), arena: Arena::new(1 << 20).unwrap(), rng: Rng::new(seed) }
+        }
+        fn page(&self, byte: u8) -> Bytes {
+            let mut buf = self.arena.alloc(BLOCK).unwrap();
+            buf.fill(byte);
+            buf.freeze()
+        }
+        fn start_write(&mut self, offset: u64, byte: u8, dsync: bool) -> u64 {
+            let bufs = [self.page(byte)].into_iter().collect();
+            self.disk.start(ROUTE, Op::Write { file: FILE, offset, bufs, dsync }, &mut self.rng).0
+        }
+        fn start_sync(&mut self) -> u64 {
+            self.disk.start(ROUTE, Op::Sync { file: FILE }, &mut self.rng).0
+        }
+        fn finish(&mut self, id: u64) -> Option<Done> {
+            self.disk.finish(id, &mut self.rng).map(|(_, done)| done)
+        }
+        fn write(&mut self, offset: u64, byte: u8, dsync: bool) {
+            let id = self.start_write(offset, byte, dsync);
+            assert!(matches!(self.finish(id), Some(Done::Write(Ok(())))));
+        }
+        fn crash(&mut self, crash: Crash) {
+            self.disk.crash(crash, &mut self.rng);
+        }
+        /// The byte a whole block consists of, `None` for a mixture.
+        fn byte(&self, offset: u64) -> Option<u8> {
+            let page = self.disk.peek(offset, BLOCK);
+            page.iter().all(|&b| b == page[0]).then_some(page[0])
+        }
+    }
+
+    /// What a block may be after the crash, over many seeds.
+    fn after(crash: Crash, prepare: impl Fn(&mut Bench)) -> BTreeSet<Option<u8>> {
+        let one = |seed| {
+            let mut bench = Bench::new(seed);
+            prepare(&mut bench);
+            bench.crash(crash);
+            bench.byte(0)
+        };
+        (0..200).map(one).collect()
+    }
+
+    #[test]
+    fn only_synced_writes_survive_a_power_cut_for_sure() {
+        let any = BTreeSet::from([None, Some(0), Some(1)]);
+        let sure = BTreeSet::from([Some(1)]);
+        assert_eq!(after(Crash::Power, |b| b.write(0, 1, false)), any);
+        assert_eq!(after(Crash::Kill, |b| b.write(0, 1, false)), sure);
+        assert_eq!(after(Crash::Power, |b| b.write(0, 1, true)), sure);
+        let synced = |b: &mut Bench| {
+            b.write(0, 1, false);
+            let id = b.start_sync();
+            assert!(matches!(b.finish(id), Some(Done::Sync(Ok(())))));
+        };
+        assert_eq!(after(Crash::Power, synced), sure);
+        let in_flight = |b: &mut Bench| {
+            b.start_write(0, 1, true);
+        };
+        assert_eq!(after(Crash::Power, in_flight), any);
+        assert_eq!(after(Crash::Kill, in_flight), any);
+    }
+
+    #[test]
+    fn a_sync_covers_what_completed_before_it_began() {
+        let late = |b: &mut Bench| {
+            b.write(0, 1, false);
+            let sync = b.start_sync();
+            b.write(0, 2, false);
+            b.finish(sync);
+        };
+        assert_eq!(after(Crash::Power, late), BTreeSet::from([None, Some(1), Some(2)]));
+        let early = |b: &mut Bench| {
+            b.write(0, 1, false);
+            b.write(0, 2, true);
+        };
+        assert_eq!(after(Crash::Power, early), BTreeSet::from([Some(2)]), "an old version never comes back");
+    }
+
+    #[test]
+    fn a_failed_sync_may_lose_what_reads_still_see() {
+        let failed = |b: &mut Bench| {
+            b.write(0, 1, false);
+            b.disk.faults.sync_ppm = 1_000_000;
+            let sync = b.start_sync();
+            assert!(matches!(b.finish(sync), Some(Done::Sync(Err(EIO)))));
+            assert_eq!(b.byte(0), Some(1));
+            b.disk.faults = Faults::default();
+            let again = b.start_sync();
+            assert!(matches!(b.finish(again), Some(Done::Sync(Ok(())))));
+        };
+        assert_eq!(after(Crash::Power, failed), BTreeSet::from([Some(0), Some(1)]));
+    }
+
+    #[test]
+    fn a_read_beside_a_write_sees_any_mix_and_a_crash_ends_both() {
+        let mut bench = Bench::new(1);
+        bench.disk.preset(0, &[7; BLOCK]);
+        let write = bench.start_write(0, 8, false);
+        let buf = bench.arena.alloc(BLOCK).unwrap();
+        let read = bench.disk.start(ROUTE, Op::Read { file: FILE, offset: 0, buf }, &mut bench.rng).0;
+        let Some(Done::Read { buf, result: Ok(()) }) = bench.finish(read) else { panic!("read") };
+        assert!(buf.contains(&7) && buf.contains(&8) && !buf.contains(&0));
+        bench.crash(Crash::Power);
+        assert!(bench.finish(write).is_none());
+        bench.disk.rot(5, 1);
+        assert_eq!(bench.byte(0), None);
+        assert_eq!(bench.disk.len(), 1 << 20);
+    }
+
+    #[test]
+    #[should_panic(expected = "O_DIRECT memory")]
+    fn unaligned_memory_is_refused() {
+        let mut bench = Bench::new(1);
+        let bufs = [Bytes::from(vec![0; 2 * BLOCK]).slice(8..8 + BLOCK)].into_iter().collect();
+        bench.disk.start(ROUTE, Op::Write { file: FILE, offset: 0, bufs, dsync: false }, &mut bench.rng);
+    }
+}

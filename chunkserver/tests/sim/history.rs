@@ -98,10 +98,12 @@ impl History {
 
     /// Hash of all that the clients saw.
     pub(crate) fn hash(&self) -> u64 {
-        let text: Vec<String> = self.records.iter().map(|record| format!("{record:?}")).collect();
-        text.iter()
-            .flat_map(|line| line.bytes())
-            .fold(0xcbf2_9ce4_8422_2325, |hash, byte| (hash ^ u64::from(byte)).wrapping_mul(0x0000_0100_0000_01b3))
+        let fold = |hash: u64, n: &u64| (hash ^ n).wrapping_mul(0x9e37_79b9_7f4a_7c15).rotate_left(29);
+        self.records.iter().fold(0xcbf2_9ce4_8422_2325, |hash, r| {
+            let head = [r.client as u64, r.kind as u64, r.first.copyset, r.first.chunk, r.first.block, r.blocks];
+            let tail = [r.start, r.end, r.outcome as u64];
+            head.iter().chain(&tail).chain(&r.seen).fold(hash, fold)
+        })
     }
 
     /// Every block that a client ever touched.

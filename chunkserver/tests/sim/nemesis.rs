@@ -17,7 +17,7 @@ const RESTART: u64 = 2;
 const CALM: u64 = 3;
 const CRASH_AGAIN: u64 = 4;
 
-const KINDS: [&str; 13] = [
+const KINDS: [&str; 14] = [
     "power cut",
     "power cut",
     "kill",
@@ -28,6 +28,7 @@ const KINDS: [&str; 13] = [
     "sync EIO",
     "slow disk",
     "slow network",
+    "paused process",
     "connection resets",
     "rude peers",
     "full pool",
@@ -108,6 +109,7 @@ impl Nemesis {
                 world.net.faults.enobufs_ppm = ppm / 4;
                 world.net.faults.emfile_ppm = ppm;
             }
+            "paused process" => world.pause(0, self.rng.between(1_000_000, 3_000_000_000)),
             "connection resets" => {
                 for (_, conn) in world.net.open() {
                     if self.rng.coin() {

@@ -393,3 +393,157 @@ fn received(receiving: Receiving, result: Result<Bytes, Errno>) -> Done {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use chunkserver::io::Token;
+    use chunkserver::io::buffer::Arena;
+
+    const LISTENER: ListenerId = ListenerId(0);
+
+    fn route(token: u64) -> Route {
+        Route { node: 0, shard: 0, life: 1, token: Token(token) }
+    }
+
+    /// A network with its own clock: runs its events until none is left, and collects what it told.
+    struct Wire {
+        net: Net,
+        rng: Rng,
+        now: u64,
+        events: BTreeMap<(u64, u64), NetEvent>,
+        serial: u64,
+        done: Vec<(u64, Done)>,
+        told: Vec<ActorEvent>,
+    }
+
+    impl Wire {
+        /// With one connection, accepted by the node.
+        fn connected(seed: u64) -> (Self, ConnId) {
+            let net = Net::default();
+            let (events, done, told) = (BTreeMap::new(), Vec::new(), Vec::new());
+            let mut wire = Self { net, rng: Rng::new(seed), now: 0, events, serial: 0, done, told };
+            wire.net.listen(0, LISTENER);
+            let conn = wire.net.connect(0, &mut wire.rng, 9, 0, LISTENER);
+            wire.net.accept(&mut wire.rng, route(1), LISTENER);
+            wire.run();
+            assert!(matches!(wire.done.pop(), Some((1, Done::Accept(Ok(accepted)))) if accepted == conn));
+            assert_eq!(wire.told.pop(), Some(ActorEvent::Connected(conn)));
+            (wire, conn)
+        }
+        fn settle(&mut self) {
+            for effect in std::mem::take(&mut self.net.out) {
+                match effect {
+                    Effect::Complete(route, done) => self.done.push((route.token.0, done)),
+                    Effect::Tell(_, event) => self.told.push(event),
+                    Effect::At(at, event) => {
+                        self.serial += 1;
+                        self.events.insert((at, self.serial), event);
+                    }
+                }
+            }
+        }
+        fn run(&mut self) {
+            self.settle();
+            while let Some(((at, _), event)) = self.events.pop_first() {
+                self.now = at;
+                self.net.event(at, &mut self.rng, event);
+                self.settle();
+            }
+        }
+        fn node_sends(&mut self, token: u64, conn: ConnId, data: &[u8]) {
+            let data = data.chunks(1000).map(Bytes::copy_from_slice).collect();
+            self.net.send(self.now, &mut self.rng, Owner::Node(0), Some(route(token)), conn, data);
+            self.run();
+        }
+        fn node_receives(&mut self, conn: ConnId) -> Option<Result<Vec<u8>, Errno>> {
+            self.net.recv(self.now, &mut self.rng, route(2), conn, None);
+            self.run();
+            match self.done.pop() {
+                Some((2, Done::Recv(result))) => Some(result.map(|bytes| bytes.to_vec())),
+                other => other.map(|(_, done)| panic!("{done:?}")),
+            }
+        }
+    }
+
+    #[test]
+    fn every_byte_arrives_once_and_in_order_both_ways() {
+        for seed in 0..50 {
+            let (mut wire, conn) = Wire::connected(seed);
+            let data: Vec<u8> = (0..300_000u32).map(|at| (at * 7 + at / 256) as u8).collect();
+            let sent = VecDeque::from([Bytes::from(data.clone())]);
+            wire.net.send(wire.now, &mut wire.rng, Owner::Actor(9), None, conn, sent);
+            wire.run();
+            let mut received = Vec::new();
+            let arena = Arena::new(1 << 20).unwrap();
+            while received.len() < data.len() {
+                if wire.rng.coin() {
+                    received.extend(wire.node_receives(conn).unwrap().unwrap());
+                    continue;
+                }
+                let mut buf = arena.alloc(8192).unwrap();
+                buf[..5].fill(1);
+                wire.net.recv(wire.now, &mut wire.rng, route(3), conn, Some((buf, 5)));
+                wire.run();
+                let Some((3, Done::RecvInto { buf, result: Ok(added) })) = wire.done.pop() else { panic!("recv") };
+                assert_eq!(&buf[..5], &[1; 5]);
+                received.extend_from_slice(&buf[5..5 + added]);
+            }
+            assert_eq!(received, data);
+            wire.node_sends(4, conn, &data);
+            let mut back = Vec::new();
+            while back.len() < data.len() {
+                back.extend_from_slice(&wire.net.take(wire.now, &mut wire.rng, 9, conn, 10_000));
+                wire.run();
+            }
+            assert_eq!(back, data);
+            assert!(matches!(wire.done.pop(), Some((4, Done::Send(Ok(()))))));
+        }
+    }
+
+    #[test]
+    fn a_send_waits_for_a_slow_reader() {
+        let (mut wire, conn) = Wire::connected(5);
+        wire.node_sends(4, conn, &vec![3; 1 << 20]);
+        assert!(wire.done.is_empty(), "more than any socket buffer holds");
+        let mut taken = 0;
+        while wire.done.is_empty() {
+            taken += wire.net.take(wire.now, &mut wire.rng, 9, conn, 5_000).len();
+            wire.run();
+        }
+        assert!(((768 << 10)..1 << 20).contains(&taken), "complete when the last byte has room: {taken}");
+    }
+
+    #[test]
+    fn ends_are_seen_after_the_data_and_resets_at_once() {
+        let (mut wire, conn) = Wire::connected(6);
+        wire.net.send(0, &mut wire.rng, Owner::Actor(9), None, conn, VecDeque::from([Bytes::from_static(b"bye")]));
+        wire.net.close(0, &mut wire.rng, Owner::Actor(9), conn, false);
+        wire.run();
+        let mut all = Vec::new();
+        while let Some(Ok(bytes)) = wire.node_receives(conn) {
+            if bytes.is_empty() {
+                break;
+            }
+            all.extend(bytes);
+        }
+        assert_eq!(all, b"bye");
+
+        let (mut wire, conn) = Wire::connected(7);
+        wire.net.recv(0, &mut wire.rng, route(2), conn, None);
+        wire.net.crash(0, &mut wire.rng, 0);
+        wire.run();
+        assert!(wire.done.is_empty(), "the dead are told nothing");
+        assert_eq!(wire.told, [ActorEvent::Closed(conn)]);
+
+        let (mut wire, conn) = Wire::connected(8);
+        wire.net.cut(0, &mut wire.rng, conn);
+        wire.run();
+        assert_eq!(wire.node_receives(conn), Some(Err(ECONNRESET)));
+        wire.node_sends(4, conn, b"late");
+        assert!(matches!(wire.done.pop(), Some((4, Done::Send(Err(ECONNRESET))))));
+        wire.net.close(wire.now, &mut wire.rng, Owner::Node(0), conn, false);
+        wire.run();
+        assert_eq!(wire.node_receives(conn), Some(Err(EBADF)));
+    }
+}

@@ -138,7 +138,7 @@ impl Toy {
             let request =
                 ChunkRequest { op: f[0], pool: 1, copyset: f[1], chunk: f[2], offset: f[3], size: f[4], sn: f[5] };
             let len = if request.op == 2 { (request.size as usize).min(payload.len()) } else { 0 };
-            self.apply(&request, payload.split_to(len));
+            self.apply(&request, &payload.split_to(len));
         }
         self.sequence += 1;
         let next = at + BLOCK as u64 * (1 + fields[3]);
@@ -161,7 +161,7 @@ impl Toy {
         self.io.submit(ACCEPT, Op::Accept { listener: ListenerId(0) });
     }
 
-    fn apply(&mut self, request: &ChunkRequest, payload: Bytes) {
+    fn apply(&mut self, request: &ChunkRequest, payload: &Bytes) {
         let key = (request.copyset, request.chunk);
         let first = request.offset / BLOCK as u64;
         match request.op {
@@ -198,7 +198,7 @@ impl Toy {
             1 => self.reply(&mail, 7, &[]),
             2 if !exists && self.chunks.len() >= MAX_CHUNKS => self.reply(&mail, 5, &[]),
             _ if self.bug == Bug::AckBeforeDurable => {
-                self.apply(&mail.request, mail.payload.clone());
+                self.apply(&mail.request, &mail.payload);
                 self.reply(&mail, 0, &[]);
                 self.queue.push_back(mail);
             }
@@ -274,7 +274,7 @@ impl Toy {
     fn log_written(&mut self) {
         for mail in self.writing.take().unwrap_or_default() {
             if self.bug != Bug::AckBeforeDurable {
-                self.apply(&mail.request, mail.payload.clone());
+                self.apply(&mail.request, &mail.payload);
                 self.reply(&mail, 0, &[]);
             }
         }

@@ -79,6 +79,8 @@ pub(crate) struct Node {
     pub(crate) up: bool,
     life: u64,
     ports: Vec<Port>,
+    /// No shard gets a turn before this: the process is stopped, or starved.
+    paused_until: u64,
     /// Who is told after how many more disk operations.
     trip: Option<(usize, u64)>,
 }
@@ -131,7 +133,7 @@ impl World {
     }
 
     pub(crate) fn add_node(&mut self, disk: Disk) -> usize {
-        self.nodes.push(Node { disk, up: false, life: 0, ports: Vec::new(), trip: None });
+        self.nodes.push(Node { disk, up: false, life: 0, ports: Vec::new(), paused_until: 0, trip: None });
         self.nodes.len() - 1
     }
 
@@ -147,6 +149,11 @@ impl World {
     /// Tell `actor` when the `count`-th disk operation from now is started on `node`.
     pub(crate) fn trip_after(&mut self, node: usize, actor: usize, count: u64) {
         self.nodes[node].trip = Some((actor, count.max(1)));
+    }
+
+    /// Stop a node's programs for a while; disk, network and clock go on.
+    pub(crate) fn pause(&mut self, node: usize, ns: u64) {
+        self.nodes[node].paused_until = self.now + ns;
     }
 
     /// Forget the trip wire; true if there was one.
@@ -199,7 +206,7 @@ impl World {
     pub(crate) fn boot(&mut self, node: usize, shards: u16, listeners: u32) -> u64 {
         let this = &mut self.nodes[node];
         assert!(!this.up, "node {node} is up already");
-        this.up = true;
+        (this.up, this.paused_until) = (true, 0);
         this.life += 1;
         this.ports = (0..shards).map(|_| Port { turn_at: u64::MAX, ..Port::default() }).collect();
         let life = this.life;
@@ -262,6 +269,11 @@ impl World {
             Event::Tell(actor, event) => return Next::Tell(actor, event),
             Event::Turn { node, shard, life, serial } => {
                 let this = &mut self.nodes[node];
+                if this.paused_until > at {
+                    let until = this.paused_until;
+                    self.push(until, Event::Turn { node, shard, life, serial });
+                    return Next::Nothing;
+                }
                 let port = this.ports.get_mut(usize::from(shard));
                 if let Some(port) = port.filter(|port| this.life == life && port.turn_serial == serial) {
                     port.turn_at = u64::MAX;
