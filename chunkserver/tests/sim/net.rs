@@ -245,7 +245,8 @@ impl Net {
         }
         let to = &mut ends[1 - from];
         match item {
-            Item::Data(bytes) if to.open => to.inbox.extend_from_slice(&bytes),
+            // What was under way when a reset struck is gone: never a stream with a hole.
+            Item::Data(bytes) if to.open && to.ended.is_none() => to.inbox.extend_from_slice(&bytes),
             Item::Data(_) => {}
             Item::Fin => to.ended = to.ended.or(Some(Ok(()))),
             Item::Reset => {
