@@ -1,2 +1,55 @@
-//! stub
-fn main() {}
+//! The `bench` command: load and verification of a chunkserver, and the disk's own speed to compare with.
+//!
+//! Exit code 0: measured and nothing wrong; 1: it could not run; 2: a block was wrong.
+
+use anyhow::{Context, Result};
+use bench::{raw, rpc};
+use clap::{Parser, Subcommand};
+use serde::Serialize;
+use std::path::Path;
+use std::process::ExitCode;
+
+#[derive(Parser)]
+#[command(name = "bench", version, about = "Load and verification over the wire, with a client of its own")]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Drive a chunkserver's ChunkService over TCP.
+    Rpc(Box<rpc::Args>),
+    /// Measure a plain file on the same disk with fio.
+    Raw(raw::Args),
+}
+
+fn write_json(path: Option<&Path>, value: &impl Serialize) -> Result<()> {
+    let Some(path) = path else { return Ok(()) };
+    let text = serde_json::to_string_pretty(value)?;
+    std::fs::write(path, text + "\n").with_context(|| format!("write {}", path.display()))
+}
+
+fn run(command: Command) -> Result<ExitCode> {
+    match command {
+        Command::Rpc(args) => {
+            let report = rpc::run(&args)?;
+            print!("{report}");
+            write_json(args.json.as_deref(), &report)?;
+            Ok(if report.is_clean() { ExitCode::SUCCESS } else { ExitCode::from(2) })
+        }
+        Command::Raw(args) => {
+            let raw = raw::run(&args)?;
+            println!("{}", serde_json::to_string_pretty(&raw)?);
+            write_json(args.json.as_deref(), &raw)?;
+            Ok(ExitCode::SUCCESS)
+        }
+    }
+}
+
+fn main() -> ExitCode {
+    run(Cli::parse().command).unwrap_or_else(|error| {
+        eprintln!("bench: {error:#}");
+        ExitCode::from(1)
+    })
+}

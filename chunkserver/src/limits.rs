@@ -1,1 +1,71 @@
-//! stub
+//! Every maximum of the server, in one place, and how they relate (checked when it is compiled).
+//!
+//! Promise: nothing on the data path grows beyond a number that stands here or in the configuration these are the
+//! defaults of. Add a limit here before adding a container that could grow.
+
+const KIB: usize = 1024;
+const MIB: usize = 1024 * KIB;
+
+/// Unit of chunk offsets and lengths on the wire and on disk, bytes.
+pub const BLOCK: usize = 4096;
+/// Largest chunk a disk may be formatted with, bytes.
+pub const CHUNK_BYTES_MAX: usize = 16 * MIB;
+
+/// Largest body of an RPC frame (meta + message + attachment); the connection is closed above it, as brpc does.
+pub const FRAME_BYTES_MAX: usize = 64 * MIB;
+/// Attachment of a method that takes none: up to this it is skipped silently (as brpc does), above it the call is
+/// refused. Neither way holds memory.
+pub const IGNORED_ATTACHMENT_BYTES_MAX: usize = 64 * KIB;
+/// From this many missing payload bytes on, the kernel receives straight into the payload buffer.
+pub const DIRECT_RECV_BYTES_MIN: usize = 64 * KIB;
+/// Open RPC connections per process; more are accepted and closed at once.
+pub const CONNECTIONS_MAX: usize = 32_768;
+/// Payload bytes pinned by one connection's unanswered requests, plus bytes of its replies not yet sent. Above it the
+/// connection is not read. One request is always let in, so the largest write passes.
+pub const CONNECTION_BYTES_MAX: usize = 32 * MIB;
+/// Unanswered requests of one connection; above it the connection is not read. Larger than [`INFLIGHT_REQUESTS_MAX`],
+/// so that a single connection can see OVERLOAD where a C++ server would answer it.
+pub const CONNECTION_REQUESTS_MAX: usize = 8192;
+/// What a request without payload counts against [`CONNECTION_BYTES_MAX`].
+pub const REQUEST_OVERHEAD_BYTES: usize = 512;
+/// Chunk requests in flight in the process (default of `max_inflight_requests`); OVERLOAD above it.
+pub const INFLIGHT_REQUESTS_MAX: usize = 5000;
+/// Known volume fences (`UpdateEpoch`); above it an update of an unknown volume is refused.
+pub const FENCES_MAX: usize = 65_536;
+
+/// Request line and headers of an HTTP request.
+pub const HTTP_HEAD_BYTES_MAX: usize = 8 * KIB;
+/// Body of an HTTP request; it is skipped, never kept.
+pub const HTTP_BODY_BYTES_MAX: usize = 64 * KIB;
+
+/// Requests (and, on their way back, replies) one shard may have in flight at another.
+pub const MAILBOX_DEPTH: usize = 4096;
+/// Largest NBD read or write.
+pub const NBD_REQUEST_BYTES_MAX: usize = 32 * MIB;
+
+/// Default size of a shard's payload arena.
+pub const ARENA_BYTES: usize = 256 * MIB;
+/// Default bound of payload bytes a shard keeps pinned for blocks not yet on their slots.
+pub const DIRTY_BYTES_MAX: usize = 96 * MIB;
+/// Payload bytes a shard may have between propose and apply.
+pub const PROPOSED_BYTES_MAX: usize = 64 * MIB;
+/// Default size of a shard's log zone.
+pub const LOG_BYTES: usize = 512 * MIB;
+/// Size of a log segment; one of them is kept for HardState, Checkpoint and Purge (rule 9).
+pub const LOG_SEGMENT_BYTES: usize = 32 * MIB;
+
+const _: () = assert!(CHUNK_BYTES_MAX.is_multiple_of(BLOCK));
+const _: () = assert!(CHUNK_BYTES_MAX < FRAME_BYTES_MAX, "a whole chunk fits into a frame");
+const _: () = assert!(CHUNK_BYTES_MAX <= CONNECTION_BYTES_MAX, "a whole chunk fits into a connection's budget");
+const _: () = assert!(NBD_REQUEST_BYTES_MAX <= CONNECTION_BYTES_MAX);
+const _: () = assert!(CONNECTION_REQUESTS_MAX > INFLIGHT_REQUESTS_MAX, "OVERLOAD stays reachable");
+const _: () = assert!(CONNECTION_REQUESTS_MAX * REQUEST_OVERHEAD_BYTES < CONNECTION_BYTES_MAX);
+const _: () = assert!(DIRECT_RECV_BYTES_MIN.is_multiple_of(BLOCK) && DIRECT_RECV_BYTES_MIN <= CHUNK_BYTES_MAX);
+const _: () = assert!(
+    DIRTY_BYTES_MAX + PROPOSED_BYTES_MAX + CONNECTION_BYTES_MAX <= ARENA_BYTES,
+    "what waits for write-back, what is proposed and what is being received fit together, so each can make progress"
+);
+const _: () = assert!(
+    DIRTY_BYTES_MAX + PROPOSED_BYTES_MAX + 2 * LOG_SEGMENT_BYTES <= LOG_BYTES,
+    "rule 9: log size >= dirty limit + in flight + reserve"
+);

@@ -1,2 +1,344 @@
-//! stub
-fn main() {}
+//! `chunkserver`: one binary, its roles by subcommand.
+
+use anyhow::{Context, bail};
+use bytesize::ByteSize;
+use chunkserver::config::Config;
+use chunkserver::control::ctl::{self, Command as Ctl};
+use chunkserver::control::{disk, inspect};
+use chunkserver::serve;
+use clap::{Args, Parser, Subcommand};
+use serde_json::Value;
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+/// An io_uring block-storage data node that speaks Curve's chunkserver protocol.
+#[derive(Parser)]
+#[command(version, about)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Prepare a disk file or block device: superblock, log, metadata, zero-written chunk slots
+    Format(FormatArgs),
+    /// Serve a formatted disk
+    Serve(ServeArgs),
+    /// Volumes of a running server
+    Volume {
+        #[command(flatten)]
+        to: Target,
+        #[command(subcommand)]
+        command: VolumeCommand,
+    },
+    /// Copysets of a running server
+    Copyset {
+        #[command(flatten)]
+        to: Target,
+        #[command(subcommand)]
+        command: CopysetCommand,
+    },
+    /// A running server and its shards
+    Status {
+        #[command(flatten)]
+        to: Target,
+    },
+    /// Change the log filter of a running server, for example `debug` or `info,chunkserver::shard=trace`
+    LogLevel {
+        #[command(flatten)]
+        to: Target,
+        /// New filter
+        filter: String,
+    },
+    /// Look at a disk without a server: superblock, pool, copysets, log. Read-only, also while it is being served
+    Inspect {
+        /// Disk file or block device
+        disk: PathBuf,
+        /// JSON instead of text
+        #[arg(long)]
+        json: bool,
+    },
+}
+
+/// Which server, and how to show what it says.
+#[derive(Args)]
+struct Target {
+    /// Command socket of the server
+    #[arg(long = "ctl", visible_alias = "ctl-socket", default_value = "ctl.sock", global = true)]
+    ctl: PathBuf,
+    /// JSON instead of text
+    #[arg(long, global = true)]
+    json: bool,
+}
+
+#[derive(Args)]
+struct FormatArgs {
+    /// File (made if missing) or block device
+    #[arg(long, visible_alias = "device")]
+    data: PathBuf,
+    /// Size of the file, for example 4GiB; a block device is used whole
+    #[arg(long)]
+    size: Option<ByteSize>,
+    /// Shards, one per core that shall serve; fixed for the life of the disk
+    #[arg(long, default_value_t = default_shards())]
+    shards: u16,
+    /// Size of a chunk
+    #[arg(long, default_value = "16MiB")]
+    chunk_size: ByteSize,
+    /// Log of each shard [default: a sixteenth of the disk, 64MiB to 512MiB]
+    #[arg(long)]
+    log_size: Option<ByteSize>,
+    /// Lab: do not write the slots; the file system allocates while serving
+    #[arg(long)]
+    sparse: bool,
+    /// Overwrite whatever is there
+    #[arg(long)]
+    force: bool,
+    /// JSON instead of text
+    #[arg(long)]
+    json: bool,
+}
+
+fn default_shards() -> u16 {
+    std::thread::available_parallelism().map_or(1, |n| (n.get() - 1).clamp(1, 256) as u16)
+}
+
+#[derive(Args)]
+struct ServeArgs {
+    /// Configuration file (TOML); flags below override it
+    #[arg(long)]
+    config: Option<PathBuf>,
+    /// Disk file or block device
+    #[arg(long)]
+    data: Option<PathBuf>,
+    /// Address of the RPC port
+    #[arg(long)]
+    listen: Option<SocketAddr>,
+    /// Unix socket of the commands
+    #[arg(long)]
+    ctl_socket: Option<PathBuf>,
+    /// File that describes the volumes
+    #[arg(long)]
+    catalog: Option<PathBuf>,
+    /// Unix socket for NBD
+    #[arg(long)]
+    nbd_socket: Option<PathBuf>,
+    /// TCP address for NBD
+    #[arg(long)]
+    nbd_listen: Option<SocketAddr>,
+    /// Payload bytes per shard that may wait for write-back
+    #[arg(long)]
+    dirty_limit: Option<ByteSize>,
+    /// Log filter
+    #[arg(long)]
+    log: Option<String>,
+}
+
+#[derive(Subcommand)]
+enum VolumeCommand {
+    /// Create a volume
+    Create {
+        /// Name
+        #[arg(long)]
+        name: String,
+        /// Size, for example 2GiB
+        #[arg(long)]
+        size: ByteSize,
+        /// Copysets it is spread over: `POOL:FIRST-LAST` or `POOL:ID,POOL:ID` [default: all of the server]
+        #[arg(long)]
+        copysets: Option<String>,
+        /// Bytes written to one chunk before the next one's turn
+        #[arg(long, default_value = "0")]
+        stripe_unit: ByteSize,
+        /// Chunks side by side
+        #[arg(long, default_value_t = 0)]
+        stripe_count: u32,
+    },
+    /// List volumes
+    List,
+    /// Delete a volume and its data
+    Delete {
+        /// Name
+        #[arg(long)]
+        name: String,
+    },
+    /// Make a volume larger
+    Resize {
+        /// Name
+        #[arg(long)]
+        name: String,
+        /// New size
+        #[arg(long)]
+        size: ByteSize,
+    },
+}
+
+#[derive(Subcommand)]
+enum CopysetCommand {
+    /// Create copysets with this server as the only member
+    Create {
+        /// Logical pool
+        #[arg(long, default_value_t = 1)]
+        pool: u32,
+        /// First id
+        #[arg(long, default_value_t = 1)]
+        first: u32,
+        /// How many
+        #[arg(long, default_value_t = 1)]
+        count: u32,
+    },
+    /// List copysets
+    List,
+    /// Show one
+    Status {
+        /// `POOL:ID`
+        copyset: String,
+    },
+    /// Destroy one and its data
+    Delete {
+        /// `POOL:ID`
+        copyset: String,
+    },
+}
+
+fn main() -> ExitCode {
+    match run(Cli::parse().command) {
+        Ok(code) => code,
+        Err(error) => {
+            eprintln!("chunkserver: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(command: Command) -> anyhow::Result<ExitCode> {
+    match command {
+        Command::Format(args) => format(&args)?,
+        Command::Serve(args) => return Ok(serve::run(&configure(args)?)?),
+        Command::Volume { to, command } => ask(&to, &volume_command(command)?)?,
+        Command::Copyset { to, command } => ask(&to, &copyset_command(command)?)?,
+        Command::Status { to } => ask(&to, &Ctl::Status)?,
+        Command::LogLevel { to, filter } => ask(&to, &Ctl::LogLevel { filter })?,
+        Command::Inspect { disk, json } => show(&inspect::inspect(&disk)?, json),
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+fn format(args: &FormatArgs) -> anyhow::Result<()> {
+    let exists = args.data.exists();
+    if args.size.is_none() && !exists {
+        bail!("{}: give --size to make a new file", args.data.display());
+    }
+    let what = disk::Format {
+        path: args.data.clone(),
+        size: args.size.map(|s| s.0),
+        shards: args.shards,
+        chunk_size: u32::try_from(args.chunk_size.0).context("--chunk-size")?,
+        log_size: args.log_size.map(|s| s.0),
+        sparse: args.sparse,
+        force: args.force,
+    };
+    let bar = indicatif::ProgressBar::new(0);
+    bar.set_style(indicatif::ProgressStyle::with_template(
+        "{bar:40} {bytes}/{total_bytes}  {binary_bytes_per_sec}  {elapsed} gone, {eta} to go",
+    )?);
+    let layout = disk::format(&what, |done, total| {
+        bar.set_length(total);
+        bar.set_position(done);
+    })?;
+    bar.finish_and_clear();
+    show(&inspect::layout_json(&layout), args.json);
+    Ok(())
+}
+
+fn configure(args: ServeArgs) -> anyhow::Result<Config> {
+    let mut config = match &args.config {
+        Some(path) => Config::load(path)?,
+        None => Config::default(),
+    };
+    if let Some(data) = args.data {
+        config.data = data;
+    }
+    if let Some(listen) = args.listen {
+        config.listen = listen;
+    }
+    if let Some(limit) = args.dirty_limit {
+        config.dirty_limit = limit;
+    }
+    if let Some(log) = args.log {
+        config.log = log;
+    }
+    config.ctl_socket = args.ctl_socket.or(config.ctl_socket);
+    config.catalog = args.catalog.or(config.catalog);
+    config.nbd_socket = args.nbd_socket.or(config.nbd_socket);
+    config.nbd_listen = args.nbd_listen.or(config.nbd_listen);
+    config.check()?;
+    Ok(config)
+}
+
+fn volume_command(command: VolumeCommand) -> anyhow::Result<Ctl> {
+    Ok(match command {
+        VolumeCommand::Create { name, size, copysets, stripe_unit, stripe_count } => Ctl::VolumeCreate {
+            name,
+            size: size.0,
+            copysets: copysets.as_deref().map(parse_copysets).transpose()?.unwrap_or_default(),
+            stripe_unit: u32::try_from(stripe_unit.0).context("--stripe-unit")?,
+            stripe_count,
+        },
+        VolumeCommand::List => Ctl::VolumeList,
+        VolumeCommand::Delete { name } => Ctl::VolumeDelete { name },
+        VolumeCommand::Resize { name, size } => Ctl::VolumeResize { name, size: size.0 },
+    })
+}
+
+fn copyset_command(command: CopysetCommand) -> anyhow::Result<Ctl> {
+    let one = |text: &str| -> anyhow::Result<(u32, u32)> {
+        match parse_copysets(text)?.as_slice() {
+            &[pair] => Ok(pair),
+            _ => bail!("{text:?} is not one copyset; write POOL:ID"),
+        }
+    };
+    Ok(match command {
+        CopysetCommand::Create { pool, first, count } => Ctl::CopysetCreate { pool, first, count },
+        CopysetCommand::List => Ctl::CopysetList,
+        CopysetCommand::Status { copyset } => {
+            let (pool, copyset) = one(&copyset)?;
+            Ctl::CopysetStatus { pool, copyset }
+        }
+        CopysetCommand::Delete { copyset } => {
+            let (pool, copyset) = one(&copyset)?;
+            Ctl::CopysetDelete { pool, copyset }
+        }
+    })
+}
+
+/// `1:1-8,2:5` as pairs.
+fn parse_copysets(text: &str) -> anyhow::Result<Vec<(u32, u32)>> {
+    let mut pairs = Vec::new();
+    for part in text.split(',') {
+        let (pool, ids) = part.split_once(':').with_context(|| format!("{part:?}: write POOL:ID or POOL:FIRST-LAST"))?;
+        let (first, last) = ids.split_once('-').unwrap_or((ids, ids));
+        let (pool, first, last): (u32, u32, u32) = (pool.trim().parse()?, first.trim().parse()?, last.trim().parse()?);
+        if first > last || last - first >= 1 << 16 {
+            bail!("{part:?}: not a range of at most 65536 ids");
+        }
+        pairs.extend((first..=last).map(|id| (pool, id)));
+    }
+    Ok(pairs)
+}
+
+fn ask(to: &Target, command: &Ctl) -> anyhow::Result<()> {
+    show(&ctl::call(&to.ctl, command)?, to.json);
+    Ok(())
+}
+
+/// JSON as it is, or as indented `key: value` lines and tables.
+fn show(value: &Value, json: bool) {
+    if json {
+        println!("{value:#}");
+    } else {
+        print!("{}", chunkserver::control::text::render(value));
+    }
+}

@@ -1,1 +1,306 @@
-//! stub
+//! THE loop of a core: completions -> events -> step -> effects -> operations, one kernel entry a turn.
+//!
+//! Generic over [`Io`], so that the simulator runs this very code. Group commit, send batching and raft batching come
+//! from the turn, not from a knob.
+
+mod drain;
+mod routing;
+mod sockets;
+
+use crate::chunk::Layout;
+use crate::control::shards::Port;
+use crate::io::{Completion, ConnId, Done, Instant, Io, ListenerId, Op, ShardId, Token};
+use crate::limits;
+use crate::mailbox::{Mail, Mailbox};
+use crate::metrics::Counter;
+use crate::nbd;
+use crate::rpc;
+use crate::service::{self, Context, Shared};
+use crate::shard::{Arenas, Effects, Failure, Shard};
+use crate::volume::catalog::SharedCatalog;
+use routing::{Gather, Job, Waiting};
+use slab::Slab;
+use sockets::Conn;
+use std::collections::BinaryHeap;
+use std::sync::Arc;
+
+/// What a listening socket speaks.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u8)]
+pub enum Protocol {
+    /// baidu_std and HTTP.
+    Rpc = 0,
+    /// NBD.
+    Nbd = 1,
+}
+
+/// What a reactor is made of, apart from its shard and its kernel.
+#[derive(Debug)]
+pub struct Setup {
+    /// Sockets this reactor accepts from; one reactor of the process has them all.
+    pub listeners: Vec<(ListenerId, Protocol)>,
+    /// What all shards share.
+    pub shared: Arc<Shared>,
+    /// Volumes, for NBD.
+    pub catalog: SharedCatalog,
+    /// To the other shards.
+    pub mailbox: Mailbox,
+    /// To the control thread, if there is one.
+    pub control: Option<Port>,
+    /// Of this shard.
+    pub arenas: Arenas,
+    /// The disk.
+    pub layout: Layout,
+}
+
+/// Owners of operations, the top byte of a token.
+#[derive(Clone, Copy)]
+#[repr(u8)]
+enum Owner {
+    Disk = 1,
+    Accept = 2,
+    Recv = 3,
+    Send = 4,
+    Close = 5,
+    Wake = 6,
+}
+
+const SERIAL_MASK: u32 = 0x00ff_ffff;
+/// Passes over a turn's consequences before the kernel is asked again.
+const PASSES_MAX: usize = 8;
+
+fn token(owner: Owner, serial: u32, index: usize) -> Token {
+    Token((owner as u64) << 56 | u64::from(serial & SERIAL_MASK) << 32 | index as u64 & 0xffff_ffff)
+}
+
+/// One core's loop.
+pub struct Reactor<I: Io> {
+    io: I,
+    shard: Shard,
+    number: u16,
+    shards: u16,
+    setup: Setup,
+    context: Context,
+    options: rpc::Options,
+    conns: Slab<Conn>,
+    /// Connections with bytes that could not be used yet, or that must be armed again.
+    unread: Vec<usize>,
+    /// Connections with something to send or to re-arm at the end of the turn.
+    touched: Vec<usize>,
+    waiting: Slab<Waiting>,
+    gathers: Slab<Gather>,
+    jobs: Slab<Job>,
+    timers: BinaryHeap<std::cmp::Reverse<(Instant, usize, u32)>>,
+    serial: u32,
+    next_shard: u16,
+    accept_again: Option<Instant>,
+    effects: Effects,
+    completions: Vec<Completion>,
+    incoming: Vec<rpc::Incoming>,
+    nbd_events: Vec<nbd::NbdEvent>,
+    mail: Vec<(u16, Mail)>,
+    again: bool,
+    requested: bool,
+    starved: bool,
+    draining: Option<drain::Drain>,
+}
+
+impl<I: Io> std::fmt::Debug for Reactor<I> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Reactor").field("shard", &self.number).field("connections", &self.conns.len()).finish()
+    }
+}
+
+impl<I: Io> Reactor<I> {
+    /// A loop for `shard`, which will recover in the first turns.
+    pub fn new(io: I, number: u16, shard: Shard, setup: Setup) -> Self {
+        let options = rpc::Options { route: service::route, chunk_size: setup.layout.chunk_size as usize };
+        Self {
+            io,
+            shard,
+            number,
+            shards: setup.layout.shards,
+            context: Context::new(Arc::clone(&setup.shared), usize::from(number)),
+            options,
+            conns: Slab::new(),
+            unread: Vec::new(),
+            touched: Vec::new(),
+            waiting: Slab::with_capacity(1024),
+            gathers: Slab::new(),
+            jobs: Slab::new(),
+            timers: BinaryHeap::new(),
+            serial: 0,
+            next_shard: 0,
+            accept_again: Some(Instant(0)),
+            effects: Effects::default(),
+            completions: Vec::with_capacity(256),
+            incoming: Vec::new(),
+            nbd_events: Vec::new(),
+            mail: Vec::new(),
+            again: true,
+            requested: false,
+            starved: false,
+            draining: None,
+            setup,
+        }
+    }
+
+    /// Run until drained or failed.
+    ///
+    /// # Errors
+    /// Why the disk is out of service.
+    pub fn run(&mut self) -> Result<(), Failure> {
+        while !self.finished() {
+            self.turn();
+        }
+        self.shard.failure().cloned().map_or(Ok(()), Err)
+    }
+
+    /// Nothing is left to do: drained, or failed.
+    pub fn finished(&self) -> bool {
+        self.shard.stopped() || self.shard.failure().is_some()
+    }
+
+    /// Why the disk is out of service, if it is.
+    pub fn failure(&self) -> Option<&Failure> {
+        self.shard.failure()
+    }
+
+    /// Requests are answered.
+    pub fn serving(&self) -> bool {
+        self.shard.serving()
+    }
+
+    /// One pass of the loop.
+    pub fn turn(&mut self) {
+        let deadline = self.deadline();
+        let mut completions = std::mem::take(&mut self.completions);
+        self.io.turn(deadline, &mut completions);
+        self.again = false;
+        let metrics = self.context.metrics();
+        metrics.add(Counter::Turns, 1);
+        metrics.tick(self.io.now());
+        for completion in completions.drain(..) {
+            self.completed(completion);
+        }
+        self.completions = completions;
+        self.receive_mail();
+        self.receive_control();
+        self.fire_timers();
+        self.accept_more();
+        self.drain_step();
+        self.consequences();
+        self.finish_sockets();
+        let io = &mut self.io;
+        self.setup.mailbox.take_wakes(|shard| io.submit(token(Owner::Wake, 0, 0), Op::Wake { shard }));
+    }
+
+    fn completed(&mut self, completion: Completion) {
+        let Token(bits) = completion.token;
+        let (owner, serial, index) = (bits >> 56, (bits >> 32) as u32 & SERIAL_MASK, (bits & 0xffff_ffff) as usize);
+        match owner {
+            o if o == Owner::Disk as u64 => self.shard.completed(bits & 0xffff_ffff, completion, &mut self.effects),
+            o if o == Owner::Accept as u64 => self.accepted(index, completion.done),
+            o if o == Owner::Recv as u64 => self.received(index, serial, completion.done),
+            o if o == Owner::Send as u64 => self.sent(index, serial, completion.done),
+            o if o == Owner::Close as u64 => self.closed(index, serial),
+            _ => assert!(matches!(completion.done, Done::Wake), "a completion without an owner: {completion:?}"),
+        }
+    }
+
+    /// Let the shard work, hand out what it answers, and again for what that made possible.
+    fn consequences(&mut self) {
+        for pass in 0.. {
+            if self.starved {
+                self.starved = false;
+                self.shard.want_memory();
+            }
+            self.requested = false;
+            self.shard.end_turn(self.io.now(), &mut self.effects);
+            self.hand_out();
+            self.retry_unread();
+            if !self.requested && self.effects.ops.is_empty() && self.effects.replies.is_empty() {
+                return;
+            }
+            if pass == PASSES_MAX {
+                self.again = true;
+                return self.hand_out();
+            }
+        }
+    }
+
+    /// Submit the shard's disk operations and route its replies.
+    fn hand_out(&mut self) {
+        let mut effects = std::mem::take(&mut self.effects);
+        for (number, op) in effects.ops.drain(..) {
+            self.io.submit(token(Owner::Disk, 0, number as usize), op);
+        }
+        for reply in effects.replies.drain(..) {
+            self.route_reply(reply);
+        }
+        // Routing may have made new effects; keep them, and the buffers.
+        effects.ops.append(&mut self.effects.ops);
+        effects.replies.append(&mut self.effects.replies);
+        self.effects = effects;
+    }
+
+    fn receive_mail(&mut self) {
+        let mut mail = std::mem::take(&mut self.mail);
+        self.setup.mailbox.receive(|from, item| mail.push((from, item)));
+        for (_, item) in mail.drain(..) {
+            match item {
+                Mail::Request(request) => self.shard.request(request, &mut self.effects),
+                Mail::Reply(reply) => self.own_reply(reply),
+                Mail::Connection(conn, protocol) => self.open(conn, protocol),
+            }
+        }
+        self.mail = mail;
+    }
+
+    fn receive_control(&mut self) {
+        while let Some(request) = self.setup.control.as_ref().and_then(Port::poll) {
+            self.shard.request(request, &mut self.effects);
+        }
+    }
+
+    fn deadline(&self) -> Instant {
+        if self.again {
+            return self.io.now();
+        }
+        let mut deadline = self.shard.deadline();
+        if let Some(std::cmp::Reverse((at, ..))) = self.timers.peek() {
+            deadline = deadline.min(*at);
+        }
+        if let Some(at) = self.accept_again {
+            deadline = deadline.min(at);
+        }
+        if !self.unread.is_empty() {
+            deadline = deadline.min(self.io.now().after_ms(1));
+        }
+        if self.draining.is_some() {
+            deadline = deadline.min(self.io.now().after_ms(5));
+        }
+        deadline
+    }
+
+    /// The next number for something whose slot may be reused.
+    fn next_serial(&mut self) -> u32 {
+        self.serial = self.serial.wrapping_add(1);
+        self.serial
+    }
+
+    fn round_robin(&mut self) -> ShardId {
+        self.next_shard = (self.next_shard + 1) % self.shards;
+        ShardId(self.next_shard)
+    }
+
+    fn open(&mut self, conn: ConnId, protocol: u8) {
+        let max = limits::CONNECTIONS_MAX / usize::from(self.shards);
+        if self.conns.len() >= max || self.draining.is_some() {
+            self.io.submit(token(Owner::Close, 0, 0xffff_ffff), Op::Close { conn });
+            return;
+        }
+        let protocol = if protocol == Protocol::Nbd as u8 { Protocol::Nbd } else { Protocol::Rpc };
+        self.serve(conn, protocol);
+    }
+}

@@ -3,9 +3,56 @@
 //!
 //! Promises: a batch is all or nothing; records of one raft `Ready` share a batch; batches are acknowledged in
 //! order; a segment is reused only when nothing live is left in it.
+//!
+//! Rooms: `record` is the codec, `batch` what waits to be written, `segment` where it goes, `index` what the log
+//! says about each copyset, `log` the writer's face; `scan`, `chain`, `draft` and `recovery` turn a disk back into
+//! a [`Log`]. The format is described in docs/formats-log.md.
 #![forbid(unsafe_code)]
 
+mod batch;
+mod chain;
+mod draft;
+mod index;
+mod log;
+mod record;
+mod recovery;
+mod scan;
+mod segment;
+
 use bytes::Bytes;
+
+pub use index::{Index, Location};
+pub use log::{Log, PendingWrite, WriteId};
+pub use recovery::{ReadFailed, RecoverError, Recovery, Report, Rot};
+
+/// Number of a batch, from 1. Batches are written, and become durable, in this order.
+pub type Seq = u64;
+
+/// Where a shard's log zone is cut. Every offset this crate speaks of is relative to the zone.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Geometry {
+    /// Random identity of the log. A client must never learn it: it is what keeps payload from passing for a header.
+    pub uuid: [u8; 16],
+    /// Bytes of a segment; whole blocks.
+    pub segment_size: u64,
+    /// Segments in the zone.
+    pub segment_count: u32,
+}
+
+/// How the log batches.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Limits {
+    /// Bytes after which a batch takes no more records; one record larger than this gets a batch of its own.
+    pub batch_bytes_max: usize,
+    /// Batches being written at the same time, 1 to 32.
+    pub writes_in_flight: usize,
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Self { batch_bytes_max: 1 << 20, writes_in_flight: 2 }
+    }
+}
 
 /// Unit of every offset and length on disk, bytes.
 pub const BLOCK: usize = 4096;

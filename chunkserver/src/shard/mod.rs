@@ -1,3 +1,431 @@
-//! A shard: copysets, log and chunk store of one core.
+//! A shard: the copysets, the log and the chunk store of one core, as one sans-I/O state machine.
+//!
+//! Promises: a write is answered only after its log batch is durable and it is applied; every request gets exactly one
+//! reply; chunk data reaches its slot only after a durable record of its commit (rule 10); log space is released only
+//! after what it covers is durable elsewhere (rule 11). A failed log write, write-back or sync ends the shard for good.
 
+mod admin;
+mod apply;
+mod boot;
+pub mod entry;
+mod flush;
+mod propose;
+mod read;
 pub mod request;
+
+use crate::chunk::{Layout, Store};
+use crate::io::buffer::Arena;
+use crate::io::{Completion, Done, Errno, FileId, Instant, Op};
+use crate::metrics::ShardMetrics;
+use crate::shard::request::{Origin, Outcome, Reply, ReplyData, Request, RequestOp, ShardStatus};
+use bytes::Bytes;
+use copyset::{Committed, Copyset, Effect};
+use raftlog::{CopysetId, Log, WriteId};
+use slab::Slab;
+use std::cell::RefCell;
+use std::collections::{BTreeMap, VecDeque};
+use std::rc::Rc;
+use std::sync::Arc;
+
+/// The disk of a shard, as the reactor numbers files.
+pub const DISK: FileId = FileId(0);
+
+/// What a shard is told at start.
+#[derive(Clone, Debug)]
+pub struct Config {
+    /// This shard.
+    pub shard: u16,
+    /// Own peer id (`copyset::PeerId`).
+    pub peer: u64,
+    /// Payload bytes that may wait for write-back.
+    pub dirty_limit: usize,
+    /// Dirty data older than this is written back, nanoseconds.
+    pub flush_age_ns: u64,
+    /// Election timeout of copysets with several voters, milliseconds.
+    pub election_ms: u64,
+    /// Randomness of this process's life: incarnations, election timeouts.
+    pub seed: u64,
+}
+
+/// Buffers, by what they are for: what frees memory takes none from the pool it frees (rule 14).
+#[derive(Clone, Debug)]
+pub struct Arenas {
+    /// Payloads on their way in, until written back.
+    pub payload: Arc<Arena>,
+    /// Log headers, metadata pages, device reads.
+    pub work: Arc<Arena>,
+    /// Every shard's payload arena: one of them running low makes all shards write back.
+    pub all_payload: Vec<Arc<Arena>>,
+}
+
+/// What a step asks for; emptied by the reactor.
+#[derive(Debug, Default)]
+pub struct Effects {
+    /// Disk operations, each with a number to give back.
+    pub ops: Vec<(u64, Op)>,
+    /// Answers.
+    pub replies: Vec<Reply>,
+}
+
+/// Why a shard ended.
+#[derive(Clone, Debug, thiserror::Error, PartialEq, Eq)]
+pub enum Failure {
+    /// The log cannot be written.
+    #[error("log write failed: {0}; this disk is out of service")]
+    LogWrite(Errno),
+    /// Chunk data or metadata cannot be written.
+    #[error("chunk write-back failed: {0}; this disk is out of service")]
+    WriteBack(Errno),
+    /// The log cannot be recovered.
+    #[error("log recovery failed: {0}")]
+    Recovery(String),
+    /// The metadata cannot be read.
+    #[error("chunk metadata cannot be loaded: {0}")]
+    Load(String),
+    /// A committed entry is not understood.
+    #[error("{0}")]
+    Entry(#[from] entry::BadHeader),
+    /// A copyset cannot start from what the log says.
+    #[error("copyset {0:?}: {1}")]
+    Copyset(CopysetId, String),
+}
+
+/// One copyset on this shard.
+struct Group {
+    raft: Copyset,
+    incarnation: u64,
+    applied: u64,
+    queue: VecDeque<Committed>,
+    fetching: bool,
+    dirty: bool,
+    unpersisted: bool,
+    applying: bool,
+    /// An entry of the log is lost to rot and there is no peer to fetch it from.
+    damaged: bool,
+}
+
+/// Who waits for a disk operation.
+enum Task {
+    Boot,
+    LogWrite(WriteId),
+    Round(crate::chunk::IoId),
+    Read { job: usize, piece: usize },
+    Fetch { copyset: CopysetId, index: u64 },
+}
+
+/// A proposal whose outcome is awaited.
+struct Waiting {
+    origin: Origin,
+    chunk: u64,
+    op: request::ChunkOp,
+    pinned: usize,
+}
+
+enum State {
+    Boot(Box<boot::Boot>),
+    Serving,
+    Draining { sealed: Option<raftlog::Seq> },
+    Stopped,
+    Failed(Failure),
+}
+
+/// See the module text.
+pub struct Shard {
+    config: Config,
+    layout: Layout,
+    arenas: Arenas,
+    log: Rc<RefCell<Log>>,
+    store: Store,
+    groups: BTreeMap<CopysetId, Group>,
+    /// Copysets raft has news for.
+    dirty: Vec<CopysetId>,
+    /// Copysets with entries on their way to the log.
+    unpersisted: Vec<CopysetId>,
+    /// Copysets with committed entries to apply.
+    applying: Vec<CopysetId>,
+    tasks: Slab<Task>,
+    waiting: Slab<Waiting>,
+    reads: Slab<read::Job>,
+    /// Reads without a buffer yet.
+    read_queue: VecDeque<usize>,
+    /// Writes that found no room, in order.
+    deferred: VecDeque<Request>,
+    /// Payload bytes proposed and not yet applied.
+    in_flight_bytes: usize,
+    admin: Vec<admin::Pending>,
+    flush: flush::Flush,
+    state: State,
+    now: Instant,
+    next_tick: Instant,
+    incarnations: u64,
+    effects: Vec<Effect>,
+    metrics: Arc<ShardMetrics>,
+}
+
+impl std::fmt::Debug for Shard {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Shard").field("shard", &self.config.shard).field("copysets", &self.groups.len()).finish()
+    }
+}
+
+impl Shard {
+    /// Take one request; the reply follows now or in a later step.
+    pub fn request(&mut self, request: Request, out: &mut Effects) {
+        match self.state {
+            State::Serving => {}
+            State::Boot(_) => return reply(out, request.origin, Outcome::NotLeader),
+            State::Draining { .. } | State::Stopped => return reply(out, request.origin, Outcome::Stopping),
+            State::Failed(_) => return reply(out, request.origin, Outcome::DiskFail),
+        }
+        match request.op {
+            RequestOp::Admin(_) => self.administer(request, out),
+            RequestOp::Chunk { .. } => self.chunk_request(request, out),
+        }
+    }
+
+    /// One of this shard's disk operations ended.
+    pub fn completed(&mut self, number: u64, completion: Completion, out: &mut Effects) {
+        let Some(task) = self.tasks.try_remove(number as usize) else { return };
+        match (task, completion.done) {
+            (Task::Boot, Done::Read { buf, result }) => self.boot_read(&buf, result),
+            (Task::LogWrite(id), Done::Write(Ok(()))) => self.log_written(id),
+            (Task::LogWrite(_), Done::Write(Err(error))) => self.fail(Failure::LogWrite(error)),
+            (Task::Round(id), Done::Write(Ok(())) | Done::Sync(Ok(()))) => self.store.io_done(id),
+            (Task::Round(_), Done::Write(Err(error)) | Done::Sync(Err(error))) => self.fail(Failure::WriteBack(error)),
+            (Task::Read { job, piece }, Done::Read { buf, result }) => self.read_done(job, piece, buf, result, out),
+            (Task::Fetch { copyset, index }, Done::Read { buf, result }) => self.fetched(copyset, index, buf, result),
+            (_, done) => unreachable!("a disk operation came back as {done:?}"),
+        }
+    }
+
+    /// Do what this turn's events made possible: raft, log writes, write-back, waiting reads.
+    pub fn end_turn(&mut self, now: Instant, out: &mut Effects) {
+        self.now = now;
+        match self.state {
+            State::Failed(_) | State::Stopped => return self.refuse_all(out),
+            State::Boot(_) => {
+                self.boot_step(out);
+                if !matches!(self.state, State::Serving) {
+                    return;
+                }
+            }
+            State::Serving | State::Draining { .. } => {}
+        }
+        self.tick();
+        loop {
+            self.admit_deferred(out);
+            self.admin_step(out);
+            let worked = self.raft_ready(out) | self.apply_ready(out);
+            if !worked {
+                break;
+            }
+        }
+        self.flush_step(out);
+        self.write_log(out);
+        self.start_waiting_reads(out);
+        self.drain_step();
+        self.publish();
+    }
+
+    /// When `end_turn` must run again even if nothing completes.
+    #[must_use]
+    pub fn deadline(&self) -> Instant {
+        match self.state {
+            State::Serving | State::Draining { .. } => self.flush_deadline().min(self.next_tick),
+            State::Boot(_) => self.boot_deadline(),
+            State::Stopped | State::Failed(_) => Instant::FAR,
+        }
+    }
+
+    /// Requests are answered.
+    #[must_use]
+    pub fn serving(&self) -> bool {
+        matches!(self.state, State::Serving)
+    }
+
+    /// The disk is out of service; the process should say so and stop.
+    #[must_use]
+    pub fn failure(&self) -> Option<&Failure> {
+        if let State::Failed(failure) = &self.state { Some(failure) } else { None }
+    }
+
+    /// Refuse new requests, finish those in flight, seal the log.
+    pub fn drain(&mut self) {
+        match self.state {
+            State::Serving => self.state = State::Draining { sealed: None },
+            State::Boot(_) => self.state = State::Stopped,
+            _ => {}
+        }
+    }
+
+    /// Somebody waits for payload memory: write back what is dirty.
+    pub fn want_memory(&mut self) {
+        self.flush.urgent = true;
+        self.flush.next = self.now;
+    }
+
+    /// Draining is over.
+    #[must_use]
+    pub fn stopped(&self) -> bool {
+        matches!(self.state, State::Stopped)
+    }
+
+    fn drain_step(&mut self) {
+        let State::Draining { sealed } = &mut self.state else { return };
+        let mut log = self.log.borrow_mut();
+        match *sealed {
+            None if self.waiting.is_empty() && self.reads.is_empty() && self.deferred.is_empty() => {
+                *sealed = Some(log.seal().unwrap_or_else(|| log.durable_seq()));
+            }
+            Some(seq) if log.durable_seq() >= seq => self.state = State::Stopped,
+            _ => {}
+        }
+    }
+
+    fn fail(&mut self, failure: Failure) {
+        if !matches!(self.state, State::Failed(_)) {
+            tracing::error!(shard = self.config.shard, "{failure}");
+            self.state = State::Failed(failure);
+        }
+    }
+
+    /// A failed shard answers everything it still owes.
+    fn refuse_all(&mut self, out: &mut Effects) {
+        for waiting in std::mem::take(&mut self.waiting).into_iter().map(|(_, w)| w.origin) {
+            reply(out, waiting, Outcome::DiskFail);
+        }
+        for request in std::mem::take(&mut self.deferred) {
+            reply(out, request.origin, Outcome::DiskFail);
+        }
+        for job in std::mem::take(&mut self.reads).into_iter().map(|(_, job)| job.origin) {
+            reply(out, job, Outcome::DiskFail);
+        }
+        for pending in std::mem::take(&mut self.admin) {
+            reply(out, pending.origin, Outcome::DiskFail);
+        }
+        self.read_queue.clear();
+    }
+
+    fn submit(&mut self, out: &mut Effects, task: Task, op: Op) {
+        out.ops.push((self.tasks.insert(task) as u64, op));
+    }
+
+    fn mark_dirty(&mut self, id: CopysetId) {
+        if let Some(group) = self.groups.get_mut(&id)
+            && !std::mem::replace(&mut group.dirty, true)
+        {
+            self.dirty.push(id);
+        }
+    }
+
+    /// Raft time. Sole voters need none.
+    fn tick(&mut self) {
+        if self.now < self.next_tick {
+            return;
+        }
+        let several: Vec<CopysetId> =
+            self.groups.iter().filter(|(_, g)| g.raft.needs_ticks()).map(|(&id, _)| id).collect();
+        self.next_tick = if several.is_empty() { Instant::FAR } else { self.now.after_ms(self.config.election_ms / 10) };
+        for id in several {
+            if let Some(group) = self.groups.get_mut(&id) {
+                group.raft.tick();
+            }
+            self.mark_dirty(id);
+        }
+    }
+
+    /// Collect what raft wants done; true if there was anything.
+    fn raft_ready(&mut self, out: &mut Effects) -> bool {
+        let dirty = std::mem::take(&mut self.dirty);
+        let worked = !dirty.is_empty();
+        for id in dirty {
+            let Some(group) = self.groups.get_mut(&id) else { continue };
+            group.dirty = false;
+            let mut effects = std::mem::take(&mut self.effects);
+            group.raft.ready(&mut effects);
+            if group.raft.awaits_log() && !std::mem::replace(&mut group.unpersisted, true) {
+                self.unpersisted.push(id);
+            }
+            for effect in effects.drain(..) {
+                self.raft_effect(id, effect, out);
+            }
+            self.effects = effects;
+        }
+        worked
+    }
+
+    fn raft_effect(&mut self, id: CopysetId, effect: Effect, out: &mut Effects) {
+        match effect {
+            Effect::Apply(committed) => {
+                let Some(group) = self.groups.get_mut(&id) else { return };
+                group.queue.push_back(committed);
+                if !std::mem::replace(&mut group.applying, true) {
+                    self.applying.push(id);
+                }
+            }
+            Effect::Dropped { cookie } => self.dropped(id, cookie, out),
+            Effect::LeaderChanged { ready: false, .. } => self.store.reset_proposed(id),
+            // Peers are a later step; a sole voter has nobody to send to.
+            Effect::LeaderChanged { .. } | Effect::Send(_) => {}
+        }
+    }
+
+    /// Start as many log writes as may be in flight.
+    fn write_log(&mut self, out: &mut Effects) {
+        loop {
+            let Some(len) = self.log.borrow_mut().next_header() else { return };
+            let Some(mut header) = self.arenas.work.alloc(len) else { return };
+            let write = self.log.borrow_mut().take_write(&mut header);
+            let offset = self.layout.log_offset(self.config.shard) + write.offset;
+            let payload: usize = write.payloads.iter().map(Bytes::len).sum();
+            self.metrics.log_write(len + payload);
+            let bufs = std::iter::once(header.freeze()).chain(write.payloads).collect();
+            self.submit(out, Task::LogWrite(write.id), Op::Write { file: DISK, offset, bufs, dsync: true });
+        }
+    }
+
+    fn log_written(&mut self, id: WriteId) {
+        let Some(durable) = self.log.borrow_mut().write_done(id) else { return };
+        for id in std::mem::take(&mut self.unpersisted) {
+            let Some(group) = self.groups.get_mut(&id) else { continue };
+            group.raft.persisted(durable);
+            group.unpersisted = group.raft.awaits_log();
+            if group.unpersisted {
+                self.unpersisted.push(id);
+            }
+            self.mark_dirty(id);
+        }
+    }
+
+    fn status(&self) -> ShardStatus {
+        let log = self.log.borrow();
+        ShardStatus {
+            shard: self.config.shard,
+            copysets: self.groups.len() as u64,
+            leaders: self.groups.values().filter(|g| g.raft.is_leader_ready()).count() as u64,
+            chunks: self.store.chunk_count() as u64,
+            slots_free: self.store.free_slots() as u64,
+            dirty_bytes: self.store.dirty_bytes() as u64,
+            log_used_bytes: log.used_bytes(),
+            log_bytes: log.capacity_bytes(),
+            buffers_free_bytes: self.arenas.payload.free_bytes() as u64,
+            failed: self.failure().map(ToString::to_string),
+        }
+    }
+
+    /// Gauges for whoever scrapes.
+    fn publish(&self) {
+        let log = self.log.borrow();
+        self.metrics.gauges(
+            self.groups.len() as u64,
+            self.store.chunk_count() as u64,
+            self.store.free_slots() as u64,
+            self.store.dirty_bytes() as u64,
+            log.used_bytes(),
+        );
+    }
+}
+
+fn reply(out: &mut Effects, origin: Origin, outcome: Outcome) {
+    out.replies.push(Reply { origin, outcome, applied_index: 0, data: ReplyData::None });
+}

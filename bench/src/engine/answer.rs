@@ -1,0 +1,148 @@
+//! What an answer (or its absence) leads to: done, failed, or tried again.
+
+use super::{Check, Engine, MS, State, count, first};
+use crate::codec::{self, Reply, WireError};
+use std::borrow::Cow;
+
+const SUCCESS: u64 = 0;
+const REDIRECTED: u64 = 1;
+const INVALID_REQUEST: u64 = 4;
+const CHUNK_NOTEXIST: u64 = 7;
+const OVERLOAD: u64 = 9;
+const BACKWARD: u64 = 10;
+const CHUNK_EXIST: u64 = 11;
+const EPOCH_TOO_OLD: u64 = 12;
+const TIMEOUT_MAX: u64 = 8_000 * MS;
+const TIMEOUT_SCAN: u64 = 20 * MS;
+
+impl Engine {
+    /// Takes the whole replies at the start of `buf`; returns how many bytes they were. An error ends the connection.
+    pub fn on_bytes(&mut self, buf: &[u8], now: u64) -> Result<usize, WireError> {
+        let mut used = 0;
+        while let Some(rest) = buf.get(used..)
+            && let Some((reply, len)) = codec::cut_reply(rest)?
+        {
+            used += len;
+            self.on_reply(&reply, now);
+        }
+        Ok(used)
+    }
+
+    fn on_reply(&mut self, reply: &Reply<'_>, now: u64) {
+        let key = (reply.cid & u64::from(u32::MAX)) as usize;
+        let Some(op) = self.ops.get(key).filter(|op| op.cid == reply.cid && matches!(op.state, State::Sent { .. }))
+        else {
+            self.stats.late_replies += 1;
+            return;
+        };
+        let write = op.access.write;
+        if reply.error_code != 0 {
+            self.stats.count(Cow::Owned(format!("rpc_{}", reply.error_code)));
+            return self.retry(key, now + 100 * MS, now);
+        }
+        let Ok(Some(status)) = codec::status(reply.message) else {
+            self.stats.count(Cow::Borrowed("MALFORMED_RESPONSE"));
+            return self.retry(key, now + 100 * MS, now);
+        };
+        match status {
+            SUCCESS if write => return self.finish(key, None, now),
+            SUCCESS => return self.finish(key, Some(reply.attachment), now),
+            CHUNK_NOTEXIST if !write => return self.finish(key, None, now),
+            _ => self.stats.count(Cow::Borrowed(codec::status_name(status))),
+        }
+        match status {
+            INVALID_REQUEST | CHUNK_EXIST | EPOCH_TOO_OLD | BACKWARD | CHUNK_NOTEXIST => self.fail(key, now),
+            REDIRECTED => self.retry(key, now + 10 * MS, now),
+            OVERLOAD => {
+                let Some(op) = self.ops.get_mut(key) else { return };
+                let pause = (100 * MS) << op.overloads.min(6);
+                op.overloads += 1;
+                self.retry(key, now + pause, now);
+            }
+            _ => self.retry(key, now + 100 * MS, now),
+        }
+    }
+
+    /// An operation got its final good answer.
+    fn finish(&mut self, key: usize, data: Option<&[u8]>, now: u64) {
+        let Some(op) = self.ops.try_remove(key) else { return };
+        self.last_progress = now;
+        let (from, stop) = (self.config.measure_from, self.config.stop_at);
+        let access = op.access;
+        self.stats.answered += 1;
+        if (from..stop).contains(&op.intended) {
+            self.stats.record(access.write, now.saturating_sub(op.intended));
+        }
+        if (from..stop).contains(&now) {
+            self.stats.complete(access.write, u64::from(access.len), now);
+        }
+        let range = (first(&access), count(&access));
+        if let Some(data) = data
+            && data.len() != access.len as usize
+        {
+            let text = format!("chunk {} at {}: {} bytes of {}", access.chunk, access.offset, data.len(), access.len);
+            self.stats.wrong(1, text);
+        }
+        let Some(model) = &mut self.model else { return };
+        let mut bad: Vec<String> = Vec::new();
+        let mut wrong = |violation: crate::model::Violation| bad.push(violation.to_string());
+        match (access.write, self.config.check, op.token) {
+            (true, _, _) => model.end_write(access.chunk, range.0, range.1, op.seq),
+            (false, Check::Judge, Some(token)) => model.end_read(token, access.chunk, range, data, &mut wrong),
+            (false, Check::Settle, _) => {
+                let survival = model.settle(access.chunk, range, data, &mut wrong);
+                self.survival.survived += survival.survived;
+                self.survival.vanished += survival.vanished;
+                self.survival.hidden += survival.hidden;
+            }
+            _ => {}
+        }
+        self.stats.checked_blocks += if access.write { 0 } else { u64::from(range.1) };
+        for text in bad {
+            self.stats.wrong(1, text);
+        }
+    }
+
+    /// The server refused for good. A write may still have happened on an earlier try: it stays open in the model.
+    fn fail(&mut self, key: usize, now: u64) {
+        let Some(op) = self.ops.try_remove(key) else { return };
+        self.last_progress = now;
+        self.stats.failed += 1;
+        if let (Some(token), Some(model)) = (op.token, &mut self.model) {
+            model.cancel_read(token);
+        }
+    }
+
+    /// Tries op `key` again at `until`.
+    pub(super) fn retry(&mut self, key: usize, until: u64, now: u64) {
+        let Some(op) = self.ops.get_mut(key) else { return };
+        self.stats.retries += 1;
+        op.cid = 0;
+        op.state = State::Waiting { until };
+        if until <= now {
+            self.send(key, now);
+        } else {
+            self.waiting.insert((until, key));
+        }
+    }
+
+    pub(super) fn scan_timeouts(&mut self, now: u64) {
+        if now < self.next_scan {
+            return;
+        }
+        self.next_scan = now + TIMEOUT_SCAN;
+        let expired: Vec<usize> = self
+            .ops
+            .iter()
+            .filter(|(_, op)| matches!(op.state, State::Sent { deadline, .. } if deadline <= now))
+            .map(|(key, _)| key)
+            .collect();
+        for key in expired {
+            self.stats.timeouts += 1;
+            if let Some(op) = self.ops.get_mut(key) {
+                op.timeout = (op.timeout * 2).min(TIMEOUT_MAX.max(self.config.timeout));
+            }
+            self.retry(key, now, now);
+        }
+    }
+}

@@ -1,0 +1,20 @@
+//! Measures and verifies a chunkserver from outside, over the wire and through a client of its own.
+//!
+//! The parts that decide anything (`codec`, `stamp`, `model`, `plan`, `engine`, `stats`) know no socket, file or
+//! clock; `driver` runs them, `observe` looks at the server's process, disk and counters, and `rpc` and `raw` are the
+//! commands. Nothing here uses the server's own protocol code, so that both can be tested against each other.
+#![forbid(unsafe_code)]
+
+pub mod codec;
+pub mod driver;
+pub mod engine;
+pub mod model;
+pub mod observe;
+pub mod plan;
+pub mod raw;
+pub mod report;
+pub mod rpc;
+pub mod setup;
+pub mod stamp;
+pub mod state;
+pub mod stats;

@@ -1,0 +1,360 @@
+//! Start-up: the metadata zone from front to end, then the CRC pages of the shard's own chunks, as one sequence of
+//! reads that the caller performs.
+//!
+//! Of two valid copies of a page the newer one counts; a torn one leaves the other. A slot both of whose copies are
+//! unreadable is put out of use and counted. A page of a newer format refuses the disk.
+
+use super::apply::{Grave, GraveStage};
+use super::crcpage;
+use super::layout::{Layout, META_PAIR, shard_of};
+use super::meta::{self, ChunkMeta, Content, MetaError, Metapage, Tombstone};
+use super::page::{self, Page, u64_at};
+use super::pool::{ExtentConflict, ExtentPool, ScanView, SlotHistory, Slots};
+use super::store::{Chunk, CopysetState, Store, StoreConfig};
+use raftlog::{BLOCK, CopysetId};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::sync::Arc;
+
+/// Largest read asked for, bytes.
+pub const READ_BYTES_MAX: usize = 1 << 20;
+
+/// The device could not deliver a read.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("read failed")]
+pub struct ReadFailed;
+
+/// What the log knows of a copyset.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Known {
+    /// Its life.
+    pub incarnation: u64,
+    /// Applied index of its newest checkpoint.
+    pub checkpoint: u64,
+}
+
+/// Why a disk cannot be loaded.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum LoadError {
+    /// Metapages of a newer format.
+    #[error("slot {slot} has a metapage of version {version}, newer than this build")]
+    Newer {
+        /// Slot.
+        slot: u32,
+        /// Version.
+        version: u16,
+    },
+    /// Two shards in one extent.
+    #[error(transparent)]
+    Conflict(#[from] ExtentConflict),
+    /// `finish` before all reads were fed.
+    #[error("not everything has been read")]
+    Unfinished,
+}
+
+/// What loading found.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct LoadReport {
+    /// Chunks of this shard.
+    pub chunks: u64,
+    /// Slots of the disk out of use because both copies of their metapage are unreadable.
+    pub quarantined: u64,
+    /// Metapages of this shard's chunks one copy of which was torn or rotten.
+    pub torn: u64,
+    /// Slots of this shard freed because another slot holds a later life of the same chunk.
+    pub superseded: u64,
+    /// Slots of this shard freed because the log does not know their copyset.
+    pub orphaned: u64,
+    /// CRC pages without a readable copy though blocks of theirs hold data. Replay restores the torn ones among them;
+    /// blocks of the others read as `CrcFail`.
+    pub crc_pages_lost: u64,
+}
+
+enum Copy {
+    Valid(Box<Metapage>),
+    Blank,
+    /// With the page generation its bytes claim.
+    Bad(u64),
+    Unreadable,
+}
+
+#[derive(PartialEq, Eq)]
+enum Stage {
+    Meta,
+    Crc,
+}
+
+/// Reads what one shard needs to start.
+pub struct Loader {
+    layout: Layout,
+    shard: u16,
+    pool: Arc<ExtentPool>,
+    config: StoreConfig,
+    stage: Stage,
+    /// Reads to do; the first one is the one outstanding.
+    reads: VecDeque<(u64, usize)>,
+    /// Copy 0 of the slot whose copy 1 comes next.
+    first: Option<Copy>,
+    view: ScanView,
+    chunks: BTreeMap<u32, Chunk>,
+    tombs: BTreeMap<u32, Tombstone>,
+    report: LoadReport,
+    error: Option<LoadError>,
+}
+
+impl Loader {
+    /// A loader for `shard` of the disk. All shards of a disk share `pool`.
+    #[must_use]
+    pub fn new(layout: &Layout, shard: u16, pool: Arc<ExtentPool>, config: StoreConfig) -> Self {
+        assert!(shard < layout.shards, "the disk has no such shard");
+        let slots = layout.slot_count as usize;
+        let mut reads = VecDeque::new();
+        push_reads(&mut reads, layout.meta_offset, slots as u64 * META_PAIR);
+        Self {
+            layout: layout.clone(),
+            shard,
+            pool,
+            config,
+            stage: Stage::Meta,
+            reads,
+            first: None,
+            view: ScanView { history: vec![SlotHistory::default(); slots], quarantined: BTreeSet::new() },
+            chunks: BTreeMap::new(),
+            tombs: BTreeMap::new(),
+            report: LoadReport::default(),
+            error: None,
+        }
+    }
+
+    /// The next read: absolute offset and length (whole blocks). One is outstanding at a time; `None` = go to
+    /// [`Loader::finish`].
+    pub fn next_read(&mut self) -> Option<(u64, usize)> {
+        if self.error.is_some() {
+            return None;
+        }
+        if self.reads.is_empty() && self.stage == Stage::Meta {
+            self.stage = Stage::Crc;
+            self.plan_crc_reads();
+        }
+        self.reads.front().copied()
+    }
+
+    fn plan_crc_reads(&mut self) {
+        let per_slot = self.layout.crc_bytes_per_slot();
+        let mut run: Option<(u64, u64)> = None;
+        for &slot in self.chunks.keys() {
+            let at = self.layout.crcpage_offset(slot, 0, 0);
+            run = match run {
+                Some((start, len)) if start + len == at => Some((start, len + per_slot)),
+                before => {
+                    if let Some((start, len)) = before {
+                        push_reads(&mut self.reads, start, len);
+                    }
+                    Some((at, per_slot))
+                }
+            };
+        }
+        if let Some((start, len)) = run {
+            push_reads(&mut self.reads, start, len);
+        }
+    }
+
+    /// The result of the read that [`Loader::next_read`] gave. A failed read is split into single pages.
+    pub fn feed(&mut self, data: Result<&[u8], ReadFailed>) {
+        let Some((offset, len)) = self.reads.pop_front() else { return };
+        match data {
+            Ok(data) if data.len() == len => {
+                for (at, bytes) in (offset..).step_by(BLOCK).zip(data.chunks_exact(BLOCK)) {
+                    self.page(at, page::page(bytes));
+                }
+            }
+            _ if len > BLOCK => {
+                for page in (0..(len / BLOCK) as u64).rev() {
+                    self.reads.push_front((offset + page * BLOCK as u64, BLOCK));
+                }
+            }
+            _ => self.page(offset, None),
+        }
+    }
+
+    fn page(&mut self, offset: u64, bytes: Option<&Page>) {
+        match self.stage {
+            Stage::Meta => self.metapage(offset, bytes),
+            Stage::Crc => self.crcpage(offset, bytes),
+        }
+    }
+
+    fn metapage(&mut self, offset: u64, bytes: Option<&Page>) {
+        let at = offset - self.layout.meta_offset;
+        let slot = (at / META_PAIR) as u32;
+        let copy_number = at / BLOCK as u64 % 2;
+        let copy = match bytes.map(|page| (meta::decode(&self.layout, slot, page), page)) {
+            None => Copy::Unreadable,
+            Some((Ok(found), _)) if found.page & 1 == copy_number => Copy::Valid(Box::new(found)),
+            Some((Err(MetaError::Newer(version)), _)) => {
+                self.error.get_or_insert(LoadError::Newer { slot, version });
+                Copy::Unreadable
+            }
+            Some((Err(MetaError::Blank), _)) => Copy::Blank,
+            Some((_, page)) => Copy::Bad(u64_at(page, 24)),
+        };
+        if copy_number == 0 {
+            self.first = Some(copy);
+        } else if let Some(first) = self.first.take() {
+            self.slot(slot, first, copy);
+        }
+    }
+
+    /// Both copies of a slot are known.
+    fn slot(&mut self, slot: u32, first: Copy, second: Copy) {
+        let (found, other) = match (first, second) {
+            (Copy::Valid(a), Copy::Valid(b)) => {
+                let (newer, older) = if a.page > b.page { (a, b) } else { (b, a) };
+                (newer, Copy::Valid(older))
+            }
+            (Copy::Valid(found), other) | (other, Copy::Valid(found)) => (found, other),
+            // The very first write of a metapage goes to copy 1; torn, it leaves this.
+            (Copy::Blank, Copy::Blank | Copy::Bad(_)) => return,
+            _ => {
+                self.view.quarantined.insert(slot);
+                return;
+            }
+        };
+        let Metapage { generation, page, content, .. } = *found;
+        self.view.history[slot as usize] = SlotHistory { generation, page };
+        let ours = |copyset| shard_of(copyset, self.layout.shards) == self.shard;
+        match content {
+            Content::Chunk(meta) if ours(meta.copyset) => self.chunk(slot, meta, generation, page, &other),
+            Content::Tombstone(tomb) if ours(tomb.copyset) => {
+                self.tombs.insert(slot, tomb);
+            }
+            _ => {}
+        }
+    }
+
+    fn chunk(&mut self, slot: u32, meta: ChunkMeta, generation: u64, page: u64, other: &Copy) {
+        let mut chunk = Chunk::new(&self.layout, meta, generation, page);
+        // A damaged copy that claims to be the one before is history, whatever damaged it.
+        chunk.suspect = match other {
+            Copy::Valid(_) => false,
+            Copy::Blank => page > 1,
+            Copy::Bad(claimed) => claimed.checked_add(1) != Some(page),
+            Copy::Unreadable => true,
+        };
+        self.report.torn += u64::from(chunk.suspect);
+        self.chunks.insert(slot, chunk);
+    }
+
+    fn crcpage(&mut self, offset: u64, bytes: Option<&Page>) {
+        let at = offset - self.layout.crc_offset;
+        let per_slot = self.layout.crc_bytes_per_slot();
+        let (slot, inside) = ((at / per_slot) as u32, at % per_slot / BLOCK as u64);
+        let pages = u64::from(self.layout.crc_pages());
+        let (copy, number) = (inside / pages, (inside % pages) as u32);
+        let (Some(chunk), Some(bytes)) = (self.chunks.get_mut(&slot), bytes) else { return };
+        let Some(known) = chunk.crc_pages.get_mut(number as usize) else { return };
+        // A page in the wrong copy's place was misdirected.
+        if u64_at(bytes, 24) & 1 == copy {
+            let newer = crcpage::decode(&self.layout, slot, number, chunk.generation, *known, bytes, &mut chunk.crcs);
+            *known = newer.unwrap_or(*known);
+        }
+    }
+
+    /// The store. `known` answers for the copysets the log knows; chunks of others are freed. Every copyset of the shard
+    /// must then be added with [`Store::add_copyset`], and replay may start when [`ExtentPool::is_loaded`].
+    ///
+    /// # Errors
+    /// When the disk must not be used.
+    pub fn finish(mut self, known: &dyn Fn(CopysetId) -> Option<Known>) -> Result<(Store, LoadReport), LoadError> {
+        if let Some(error) = self.error {
+            return Err(error);
+        }
+        if self.stage == Stage::Meta || !self.reads.is_empty() {
+            return Err(LoadError::Unfinished);
+        }
+        // A tombstone keeps its slot only while replay may need it.
+        self.tombs.retain(|_, tomb| {
+            known(tomb.copyset).is_some_and(|k| k.incarnation == tomb.incarnation && k.checkpoint < tomb.deleted_index)
+        });
+        let used = |slot| self.chunks.contains_key(&slot) || self.tombs.contains_key(&slot);
+        let own = self.pool.publish(self.shard, &self.view, &used)?;
+        self.report.quarantined = self.view.quarantined.len() as u64;
+        self.report.crc_pages_lost = self.chunks.values().map(pages_lost).sum();
+        let mut slots = Slots::new(Arc::clone(&self.pool), self.shard);
+        for extent in &own {
+            slots.adopt(extent, used);
+        }
+        let mut store = Store::empty(self.layout, self.config, slots);
+        for (slot, tomb) in self.tombs {
+            let history = self.view.history.get(slot as usize).copied().unwrap_or_default();
+            let gone = store.gone.entry((tomb.copyset, tomb.chunk)).or_default();
+            *gone = tomb.deleted_index.max(*gone);
+            store.graves.push(Grave { slot, history, tomb, waits: true, stage: GraveStage::Closed });
+        }
+        for (slot, chunk) in self.chunks {
+            index_chunk(&mut store, slot, chunk, known, &mut self.report);
+        }
+        self.report.chunks = store.chunk_count();
+        Ok((store, self.report))
+    }
+}
+
+/// Take a loaded chunk into the store, or bury it, or the one it supersedes.
+fn index_chunk(
+    store: &mut Store,
+    slot: u32,
+    chunk: Chunk,
+    known: &dyn Fn(CopysetId) -> Option<Known>,
+    report: &mut LoadReport,
+) {
+    let (copyset, incarnation) = (chunk.meta.copyset, chunk.meta.incarnation);
+    let key = (copyset, chunk.meta.chunk);
+    let rank = (chunk.meta.created_index, chunk.generation);
+    store.chunks.insert(slot, chunk);
+    store.copysets.entry(copyset).or_insert(CopysetState { incarnation, chunks: 0 }).chunks += 1;
+    if known(copyset).is_none_or(|k| k.incarnation != incarnation) {
+        report.orphaned += 1;
+        store.bury(slot, None);
+        forget_if_empty(store, copyset);
+        return;
+    }
+    // An orphan of a former life may have brought the entry.
+    if let Some(state) = store.copysets.get_mut(&copyset) {
+        state.incarnation = incarnation;
+    }
+    // Its own tombstone is lost, but a later life has one.
+    if let Some(&deleted) = store.gone.get(&key).filter(|&&deleted| deleted >= rank.0) {
+        report.superseded += 1;
+        return store.bury(slot, Some(deleted));
+    }
+    let rival = store.index.get(&key).copied();
+    let rival_rank = rival.and_then(|r| store.chunks.get(&r)).map(|c| (c.meta.created_index, c.generation));
+    // The later life of the chunk is the chunk; the tombstone of the earlier one did not make it. Its Delete is before
+    // the later creation.
+    report.superseded += u64::from(rival.is_some());
+    match rival.zip(rival_rank) {
+        Some((_, other)) if other >= rank => return store.bury(slot, Some(other.0.saturating_sub(1))),
+        Some((rival, _)) => store.bury(rival, Some(rank.0.saturating_sub(1))),
+        None => {}
+    }
+    store.index.insert(key, slot);
+}
+
+fn forget_if_empty(store: &mut Store, copyset: CopysetId) {
+    if store.chunks_of(copyset) == 0 {
+        store.copysets.remove(&copyset);
+    }
+}
+
+fn pages_lost(chunk: &Chunk) -> u64 {
+    let lost = |&(page, &generation): &(u32, &u64)| {
+        let blocks = crcpage::range(page, chunk.crcs.len());
+        generation == 0 && blocks.into_iter().any(|block| chunk.meta.written.get(block as u32))
+    };
+    (0u32..).zip(&chunk.crc_pages).filter(lost).count() as u64
+}
+
+fn push_reads(reads: &mut VecDeque<(u64, usize)>, start: u64, len: u64) {
+    for at in (start..start + len).step_by(READ_BYTES_MAX) {
+        reads.push_back((at, (start + len - at).min(READ_BYTES_MAX as u64) as usize));
+    }
+}

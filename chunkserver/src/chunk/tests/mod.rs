@@ -1,0 +1,6 @@
+//! Tests of the whole store, on a disk that loses and tears what was not synced.
+
+mod codec;
+mod disk;
+mod model;
+mod scripted;

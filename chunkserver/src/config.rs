@@ -1,0 +1,174 @@
+//! The configuration file of `chunkserver serve`: TOML, every key with a default, unknown keys are errors.
+
+use crate::limits;
+use bytesize::ByteSize;
+use serde::{Deserialize, Serialize};
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+
+/// Configuration of a server. Sizes are written as `"64MiB"`, durations end in their unit.
+#[derive(Clone, Debug, Deserialize, Serialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Config {
+    /// Disk file or block device that `chunkserver format` prepared.
+    pub data: PathBuf,
+    /// Address of the RPC port: ChunkService, CopysetService, CliService2 and the HTTP pages. Its IP and port are also
+    /// the peer id (`ip:port:0`), so the IP must be the one that clients and peers use.
+    pub listen: SocketAddr,
+    /// Unix socket of the commands (`chunkserver volume …`, `copyset …`, `status`). Default: `ctl.sock` beside `data`.
+    pub ctl_socket: Option<PathBuf>,
+    /// File that describes the volumes. Default: `volumes.json` beside `data`.
+    pub catalog: Option<PathBuf>,
+    /// Unix socket on which all volumes are exported over NBD; none by default.
+    pub nbd_socket: Option<PathBuf>,
+    /// TCP address on which all volumes are exported over NBD; none by default. NBD has no authentication.
+    pub nbd_listen: Option<SocketAddr>,
+    /// Chunk requests in flight above which OVERLOAD is answered.
+    pub max_inflight_requests: u32,
+    /// Payload bytes per shard that may wait for write-back.
+    pub dirty_limit: ByteSize,
+    /// Dirty data older than this is written back, milliseconds.
+    pub flush_age_ms: u64,
+    /// Memory per shard for payloads on their way in; larger than `dirty_limit`.
+    pub payload_buffers: ByteSize,
+    /// Memory per shard for device reads, log headers and metadata pages.
+    pub work_buffers: ByteSize,
+    /// Pin shard N to the N-th CPU this process may run on.
+    pub pin_shards: bool,
+    /// Election timeout of copysets with several voters, milliseconds.
+    pub election_timeout_ms: u64,
+    /// How long to wait for the lock on `data` and for the ports (an ended process may still hold them), milliseconds.
+    pub start_wait_ms: u64,
+    /// Log filter: `error`, `warn`, `info`, `debug`, `trace`, or per module as `info,chunkserver::shard=debug`.
+    pub log: String,
+}
+
+impl Default for Config {
+    fn default() -> Self {
+        Self {
+            data: PathBuf::from("disk"),
+            listen: SocketAddr::from(([127, 0, 0, 1], 8200)),
+            ctl_socket: None,
+            catalog: None,
+            nbd_socket: None,
+            nbd_listen: None,
+            max_inflight_requests: limits::INFLIGHT_REQUESTS_MAX as u32,
+            dirty_limit: ByteSize(limits::DIRTY_BYTES_MAX as u64),
+            flush_age_ms: 5_000,
+            payload_buffers: ByteSize(limits::ARENA_BYTES as u64),
+            work_buffers: ByteSize::mib(64),
+            pin_shards: true,
+            election_timeout_ms: 1_000,
+            start_wait_ms: 5_000,
+            log: "info".into(),
+        }
+    }
+}
+
+/// Why a configuration is refused.
+#[derive(Debug, thiserror::Error)]
+pub enum ConfigError {
+    /// The file cannot be read.
+    #[error("{path}: {source}")]
+    Read {
+        /// File.
+        path: PathBuf,
+        /// Cause.
+        source: std::io::Error,
+    },
+    /// Not TOML, an unknown key or a value of the wrong type.
+    #[error("{path}: {message}")]
+    Parse {
+        /// File.
+        path: PathBuf,
+        /// What and where.
+        message: String,
+    },
+    /// A value that cannot work.
+    #[error("{key}: {message}")]
+    Value {
+        /// Key.
+        key: &'static str,
+        /// Why.
+        message: String,
+    },
+}
+
+impl Config {
+    /// Read a file.
+    ///
+    /// # Errors
+    /// [`ConfigError`], naming the file, and line and key where it can.
+    pub fn load(path: &Path) -> Result<Self, ConfigError> {
+        let text =
+            std::fs::read_to_string(path).map_err(|source| ConfigError::Read { path: path.to_owned(), source })?;
+        toml::from_str(&text).map_err(|e| ConfigError::Parse { path: path.to_owned(), message: e.to_string() })
+    }
+
+    /// Check what the parser cannot.
+    ///
+    /// # Errors
+    /// [`ConfigError::Value`].
+    pub fn check(&self) -> Result<(), ConfigError> {
+        let bad = |key, message: &str| Err(ConfigError::Value { key, message: message.into() });
+        if !self.listen.is_ipv4() || self.listen.ip().is_unspecified() {
+            return bad("listen", "must be a specific IPv4 address: it is part of the peer id");
+        }
+        if self.dirty_limit.0 < 1 << 20 {
+            return bad("dirty_limit", "at least 1MiB");
+        }
+        if self.payload_buffers.0 < self.dirty_limit.0 * 3 / 2 {
+            return bad("payload_buffers", "at least one and a half times dirty_limit");
+        }
+        if self.work_buffers.0 < 16 << 20 {
+            return bad("work_buffers", "at least 16MiB");
+        }
+        if self.flush_age_ms == 0 || self.max_inflight_requests == 0 {
+            return bad("flush_age_ms, max_inflight_requests", "must not be 0");
+        }
+        if self.election_timeout_ms < 50 {
+            return bad("election_timeout_ms", "at least 50");
+        }
+        Ok(())
+    }
+
+    /// Where the commands connect to.
+    #[must_use]
+    pub fn ctl_socket(&self) -> PathBuf {
+        self.ctl_socket.clone().unwrap_or_else(|| beside(&self.data, "ctl.sock"))
+    }
+
+    /// Where the volumes are described.
+    #[must_use]
+    pub fn catalog(&self) -> PathBuf {
+        self.catalog.clone().unwrap_or_else(|| beside(&self.data, "volumes.json"))
+    }
+}
+
+fn beside(path: &Path, name: &str) -> PathBuf {
+    path.parent().unwrap_or_else(|| Path::new("")).join(name)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn defaults_pass_their_own_check_and_round_trip() {
+        let config = Config::default();
+        config.check().unwrap();
+        let text = toml::to_string(&config).unwrap();
+        let again: Config = toml::from_str(&text).unwrap();
+        assert_eq!(format!("{again:?}"), format!("{config:?}"));
+    }
+
+    #[test]
+    fn unknown_keys_and_wrong_types_name_the_line() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        for (text, word) in [("dirty_limt = \"1MiB\"", "dirty_limt"), ("listen = 7", "listen"), ("a = [", "a = [")] {
+            std::fs::write(file.path(), text).unwrap();
+            let error = Config::load(file.path()).unwrap_err().to_string();
+            assert!(error.contains(word), "{error}");
+        }
+    }
+}

@@ -1,0 +1,325 @@
+//! The control thread: serves `ctl.sock`, owns the catalog. Runs on tokio-uring; no data passes here.
+
+use super::ctl::{Answer, Command, LINE_BYTES_MAX};
+use super::shards::{Links, NoAnswer, Shards};
+use crate::shard::request::{AdminOp, ChunkOp, CopysetStatus, Outcome, Reply, ReplyData, RequestOp};
+use crate::volume::Volume;
+use crate::volume::catalog::{CatalogStore, NewVolume};
+use crate::volume::map::Shape;
+use copyset::PeerId;
+use raftlog::CopysetId;
+use serde_json::{Value, json};
+use std::cell::RefCell;
+use std::path::{Path, PathBuf};
+use std::rc::Rc;
+use std::sync::Arc;
+use std::time::{SystemTime, UNIX_EPOCH};
+use tokio_uring::net::{UnixListener, UnixStream};
+
+/// Chunk deletions in flight when a volume is deleted.
+const DELETES_AT_ONCE: usize = 64;
+/// Attempts at a deletion that is not done for a passing reason.
+const DELETE_ATTEMPTS: u32 = 100;
+
+/// Changes the log filter of the process.
+pub type SetLog = Box<dyn Fn(&str) -> Result<(), String>>;
+
+/// What the control thread needs.
+pub struct Setup {
+    /// Path of `ctl.sock`.
+    pub socket: PathBuf,
+    /// The shards.
+    pub links: Links,
+    /// The volumes.
+    pub catalog: CatalogStore,
+    /// Own peer id.
+    pub peer: u64,
+    /// Bytes of a chunk.
+    pub chunk_size: u32,
+    /// Facts for `status` that never change.
+    pub about: Value,
+    /// See [`SetLog`].
+    pub set_log: SetLog,
+}
+
+impl std::fmt::Debug for Setup {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Setup").field("socket", &self.socket).finish_non_exhaustive()
+    }
+}
+
+struct Server {
+    shards: Shards,
+    catalog: RefCell<CatalogStore>,
+    peer: u64,
+    chunk_size: u32,
+    about: Value,
+    set_log: SetLog,
+}
+
+/// Serve until the process ends. Call on a thread of its own.
+///
+/// # Errors
+/// When the socket cannot be made.
+pub fn run(setup: Setup) -> std::io::Result<()> {
+    let Setup { socket, links, catalog, peer, chunk_size, about, set_log } = setup;
+    tokio_uring::start(async move {
+        let listener = bind(&socket)?;
+        let server = Rc::new(Server {
+            shards: Shards::new(links),
+            catalog: RefCell::new(catalog),
+            peer,
+            chunk_size,
+            about,
+            set_log,
+        });
+        let resume = Rc::clone(&server);
+        tokio_uring::spawn(async move { resume.finish_deletions().await });
+        loop {
+            match listener.accept().await {
+                Ok(stream) => {
+                    let server = Rc::clone(&server);
+                    tokio_uring::spawn(async move {
+                        if let Err(error) = server.converse(stream).await {
+                            tracing::debug!(%error, "a command's connection ended");
+                        }
+                    });
+                }
+                Err(error) => {
+                    tracing::warn!(%error, "accept on the command socket failed");
+                    tokio::time::sleep(std::time::Duration::from_millis(100)).await;
+                }
+            }
+        }
+    })
+}
+
+/// A stale socket file of a dead server is replaced: the lock on the disk says that no other server lives.
+fn bind(path: &Path) -> std::io::Result<UnixListener> {
+    match std::fs::remove_file(path) {
+        Err(e) if e.kind() != std::io::ErrorKind::NotFound => return Err(e),
+        _ => {}
+    }
+    let listener = UnixListener::bind(path)?;
+    std::fs::set_permissions(path, std::os::unix::fs::PermissionsExt::from_mode(0o600))?;
+    Ok(listener)
+}
+
+impl Server {
+    async fn converse(&self, stream: UnixStream) -> std::io::Result<()> {
+        let mut line = Vec::new();
+        let mut buf = vec![0; 4096];
+        loop {
+            let (result, back) = stream.read(buf).await;
+            buf = back;
+            let count = result?;
+            if count == 0 {
+                return Ok(());
+            }
+            line.extend_from_slice(buf.get(..count).unwrap_or_default());
+            while let Some(end) = line.iter().position(|&b| b == b'\n') {
+                let rest = line.split_off(end + 1);
+                let answer = match serde_json::from_slice(&line) {
+                    Ok(command) => self.answer(command).await,
+                    Err(error) => Answer::Error(format!("not a command: {error}")),
+                };
+                line = rest;
+                let mut text = serde_json::to_vec(&answer)?;
+                text.push(b'\n');
+                stream.write_all(text).await.0?;
+            }
+            if line.len() > LINE_BYTES_MAX {
+                return Ok(());
+            }
+        }
+    }
+
+    async fn answer(&self, command: Command) -> Answer {
+        match self.execute(command).await {
+            Ok(value) => Answer::Ok(value),
+            Err(why) => Answer::Error(why),
+        }
+    }
+
+    async fn execute(&self, command: Command) -> Result<Value, String> {
+        match command {
+            Command::VolumeCreate { name, size, copysets, stripe_unit, stripe_count } => {
+                let copysets = self.known_copysets(&copysets).await?;
+                let shape = Shape { size, chunk_size: self.chunk_size, stripe_unit, stripe_count };
+                let created = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs());
+                let new = NewVolume { name, shape, copysets, created };
+                let volume = self.catalog.borrow_mut().create(new).map_err(|e| e.to_string())?;
+                Ok(volume_json(&volume))
+            }
+            Command::VolumeList => {
+                let catalog = self.catalog.borrow().catalog();
+                Ok(catalog.volumes().map(|v| volume_json(v)).collect())
+            }
+            Command::VolumeDelete { name } => {
+                let volume = self.catalog.borrow_mut().delete(&name).map_err(|e| e.to_string())?;
+                self.finish_deletion(&volume).await?;
+                Ok(json!({ "deleted": name }))
+            }
+            Command::VolumeResize { name, size } => {
+                let volume = self.catalog.borrow_mut().resize(&name, size).map_err(|e| e.to_string())?;
+                Ok(volume_json(&volume))
+            }
+            Command::CopysetCreate { pool, first, count } => self.create_copysets(pool, first, count).await,
+            Command::CopysetList => Ok(self.copysets().await?.iter().map(copyset_json).collect()),
+            Command::CopysetStatus { pool, copyset } => {
+                let id = CopysetId::new(pool, copyset);
+                let reply = self.shards.ask_copyset(id, RequestOp::Admin(AdminOp::CopysetStatus)).await;
+                match success(reply)?.data {
+                    ReplyData::Copysets(all) => all.first().map(copyset_json).ok_or_else(|| "no status".into()),
+                    _ => Err("the shard answered something else".into()),
+                }
+            }
+            Command::CopysetDelete { pool, copyset } => {
+                let id = CopysetId::new(pool, copyset);
+                if let Some(volume) = self.user_of(id) {
+                    return Err(format!("volume {volume:?} uses this copyset"));
+                }
+                success(self.shards.ask_copyset(id, RequestOp::Admin(AdminOp::DeleteCopyset)).await)?;
+                Ok(json!({ "deleted": [pool, copyset] }))
+            }
+            Command::Status => self.status().await,
+            Command::LogLevel { filter } => (self.set_log)(&filter).map(|()| json!({ "log": filter })),
+        }
+    }
+
+    fn user_of(&self, id: CopysetId) -> Option<String> {
+        let catalog = self.catalog.borrow().catalog();
+        let mut all = catalog.volumes().chain(catalog.deleting());
+        all.find(|v| v.geometry().copysets().contains(&id)).map(|v| v.name().to_owned())
+    }
+
+    async fn copysets(&self) -> Result<Vec<CopysetStatus>, String> {
+        let mut all = Vec::new();
+        for reply in self.shards.ask_all(&AdminOp::ListCopysets).await.map_err(|e| e.to_string())? {
+            if let ReplyData::Copysets(some) = success(Ok(reply))?.data {
+                all.extend(some);
+            }
+        }
+        all.sort_by_key(|c| c.id);
+        Ok(all)
+    }
+
+    /// The copysets asked for, if all exist; all there are when none is named.
+    async fn known_copysets(&self, wanted: &[(u32, u32)]) -> Result<Vec<CopysetId>, String> {
+        let here: Vec<CopysetId> = self.copysets().await?.iter().map(|c| CopysetId(c.id)).collect();
+        if wanted.is_empty() {
+            return if here.is_empty() { Err("create copysets first".into()) } else { Ok(here) };
+        }
+        let ids: Vec<CopysetId> = wanted.iter().map(|&(pool, id)| CopysetId::new(pool, id)).collect();
+        match ids.iter().find(|id| !here.contains(id)) {
+            Some(id) => Err(format!("there is no copyset {}:{}", id.pool(), id.copyset())),
+            None => Ok(ids),
+        }
+    }
+
+    async fn create_copysets(&self, pool: u32, first: u32, count: u32) -> Result<Value, String> {
+        let last = first.checked_add(count).ok_or("copyset ids end at 4294967295")?;
+        let mut created = Vec::new();
+        for copyset in first..last {
+            let op = RequestOp::Admin(AdminOp::CreateCopyset { peers: vec![self.peer] });
+            let reply = self.shards.ask_copyset(CopysetId::new(pool, copyset), op).await;
+            success(reply).map_err(|e| format!("copyset {pool}:{copyset}: {e} ({} created before)", created.len()))?;
+            created.push(json!([pool, copyset]));
+        }
+        Ok(json!({ "created": created }))
+    }
+
+    async fn status(&self) -> Result<Value, String> {
+        let mut shards = Vec::new();
+        for reply in self.shards.ask_all(&AdminOp::ShardStatus).await.map_err(|e| e.to_string())? {
+            if let ReplyData::Shard(s) = reply.data {
+                shards.push(json!({
+                    "shard": s.shard, "copysets": s.copysets, "leaders": s.leaders, "chunks": s.chunks,
+                    "slots_free": s.slots_free, "dirty_bytes": s.dirty_bytes, "log_used_bytes": s.log_used_bytes,
+                    "log_bytes": s.log_bytes, "buffers_free_bytes": s.buffers_free_bytes, "failed": s.failed,
+                }));
+            } else {
+                shards.push(json!({ "state": format!("{:?}", reply.outcome) }));
+            }
+        }
+        let catalog = self.catalog.borrow().catalog();
+        let mut status = self.about.clone();
+        status["shards"] = shards.into();
+        status["volumes"] = catalog.volumes().len().into();
+        Ok(status)
+    }
+
+    /// Deletions that a restart interrupted.
+    async fn finish_deletions(&self) {
+        let volumes: Vec<Arc<Volume>> = self.catalog.borrow().catalog().deleting().cloned().collect();
+        for volume in volumes {
+            if let Err(error) = self.finish_deletion(&volume).await {
+                tracing::warn!(volume = volume.name(), error, "chunks of a deleted volume remain; the next start tries again");
+            }
+        }
+    }
+
+    async fn finish_deletion(&self, volume: &Volume) -> Result<(), String> {
+        let chunks: Vec<_> = volume.geometry().chunks().collect();
+        for some in chunks.chunks(DELETES_AT_ONCE) {
+            let mut tasks = Vec::with_capacity(some.len());
+            for &(copyset, chunk) in some {
+                let (shards, sn) = (self.shards.clone(), volume.sn());
+                tasks.push(tokio_uring::spawn(async move { delete_chunk(&shards, copyset, chunk, sn).await }));
+            }
+            for task in tasks {
+                task.await.map_err(|e| e.to_string())??;
+            }
+        }
+        self.catalog.borrow_mut().forget(volume.id()).map_err(|e| e.to_string())
+    }
+}
+
+async fn delete_chunk(shards: &Shards, copyset: CopysetId, chunk: u64, sn: u64) -> Result<(), String> {
+    for _ in 0..DELETE_ATTEMPTS {
+        let op = RequestOp::Chunk { chunk, op: ChunkOp::Delete { sn } };
+        let reply = shards.ask_copyset(copyset, op).await.map_err(|e| e.to_string())?;
+        match reply.outcome {
+            Outcome::Success | Outcome::NoChunk | Outcome::NoCopyset => return Ok(()),
+            Outcome::NotLeader | Outcome::Overload => tokio::time::sleep(std::time::Duration::from_millis(20)).await,
+            other => return Err(format!("deleting chunk {chunk}: {other:?}")),
+        }
+    }
+    Err(format!("deleting chunk {chunk}: its copyset has no leader"))
+}
+
+fn success(reply: Result<Reply, NoAnswer>) -> Result<Reply, String> {
+    let reply = reply.map_err(|e| e.to_string())?;
+    match reply.outcome {
+        Outcome::Success => Ok(reply),
+        Outcome::NoCopyset => Err("there is no such copyset".into()),
+        Outcome::Exists => Err("it exists already".into()),
+        other => Err(format!("{other:?}")),
+    }
+}
+
+fn volume_json(volume: &Volume) -> Value {
+    let shape = volume.geometry().shape();
+    json!({
+        "id": volume.id(), "name": volume.name(), "size": volume.size(), "chunk_size": shape.chunk_size,
+        "stripe_unit": shape.stripe_unit, "stripe_count": shape.stripe_count, "sn": volume.sn(),
+        "created": volume.created(),
+        "copysets": volume.geometry().copysets().iter().map(|c| json!([c.pool(), c.copyset()])).collect::<Vec<_>>(),
+    })
+}
+
+fn copyset_json(c: &CopysetStatus) -> Value {
+    let id = CopysetId(c.id);
+    let state = match c.state {
+        1 => "leader",
+        3 => "candidate",
+        4 => "follower",
+        _ => "passive",
+    };
+    json!({
+        "pool": id.pool(), "copyset": id.copyset(), "state": state, "leader": PeerId(c.leader).to_string(),
+        "peers": c.peers.iter().map(|&p| PeerId(p).to_string()).collect::<Vec<_>>(), "term": c.term,
+        "committed": c.committed, "applied": c.applied, "first": c.first, "last": c.last, "durable": c.durable,
+        "epoch": c.epoch, "chunks": c.chunks,
+    })
+}

@@ -1,0 +1,226 @@
+//! Requests from sessions to shards, replies from shards back to sessions.
+//!
+//! Every request has a slot here until its reply came; a connection that is gone by then only loses the answer.
+
+use super::sockets::Session;
+use super::{Owner, Reactor, token};
+use crate::chunk::shard_of;
+use crate::control::shards::CONTROL;
+use crate::io::{Io, Op, ShardId};
+use crate::metrics::Counter;
+use crate::nbd::NbdEvent;
+use crate::rpc::Incoming;
+use crate::service::{self, Handled, Pending};
+use crate::shard::request::{Origin, Reply, Request, RequestOp};
+use crate::volume::io::{Progress, VolumeIo};
+use raftlog::CopysetId;
+use std::cmp::Reverse;
+
+/// Timers at or above this number are for listeners.
+pub(super) const ACCEPT_TIMER: usize = 1 << 31;
+
+/// A connection's slot and serial.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Client {
+    index: usize,
+    serial: u32,
+}
+
+/// Who waits for a reply.
+#[derive(Debug)]
+pub(super) struct Waiting {
+    serial: u32,
+    whom: Whom,
+}
+
+#[derive(Debug)]
+enum Whom {
+    Call(Client, Pending),
+    Gather(usize),
+    Volume { job: usize, part: u32 },
+}
+
+/// A call that asks every shard.
+#[derive(Debug)]
+pub(super) struct Gather {
+    client: Client,
+    pending: Pending,
+    replies: Vec<Reply>,
+}
+
+/// An NBD request in progress.
+#[derive(Debug)]
+pub(super) struct Job {
+    client: Client,
+    id: u32,
+    io: VolumeIo,
+    serial: u32,
+}
+
+impl<I: Io> Reactor<I> {
+    /// Act on what a session made of its input.
+    pub(super) fn handle_incoming(&mut self, index: usize) {
+        let Some(serial) = self.conns.get(index).map(|c| c.serial) else { return };
+        let client = Client { index, serial };
+        let mut incoming = std::mem::take(&mut self.incoming);
+        for item in incoming.drain(..) {
+            self.call(client, item);
+        }
+        self.incoming = incoming;
+        let mut events = std::mem::take(&mut self.nbd_events);
+        for event in events.drain(..) {
+            match event {
+                NbdEvent::Io { id, io } => {
+                    self.context.metrics().add(Counter::NbdRequests, 1);
+                    let serial = self.next_serial();
+                    let job = self.jobs.insert(Job { client, id, io, serial });
+                    self.drive(job);
+                }
+                NbdEvent::Disconnect => self.touch(index),
+            }
+        }
+        self.nbd_events = events;
+    }
+
+    fn call(&mut self, client: Client, incoming: Incoming) {
+        let handled = service::handle(&self.context, self.io.now(), incoming);
+        self.handled(client, handled);
+    }
+
+    fn handled(&mut self, client: Client, handled: Handled) {
+        match handled {
+            Handled::Reply(out) => {
+                if let Some(conn) = self.conns.get_mut(client.index).filter(|c| c.serial == client.serial)
+                    && let Session::Rpc(session) = &mut conn.session
+                {
+                    session.push_reply(out);
+                    self.touch(client.index);
+                }
+            }
+            Handled::Shard { copyset, op, charge, pending } => {
+                if let Some(conn) = self.conns.get_mut(client.index).filter(|c| c.serial == client.serial)
+                    && let Session::Rpc(session) = &mut conn.session
+                {
+                    session.charge(charge);
+                }
+                self.ask(copyset, op, Whom::Call(client, pending));
+            }
+            Handled::AllShards { op, pending } => {
+                let gather = self.gathers.insert(Gather { client, pending, replies: Vec::new() });
+                for shard in 0..self.shards {
+                    let op = RequestOp::Admin(op.clone());
+                    self.ask_shard(ShardId(shard), CopysetId(0), op, Whom::Gather(gather));
+                }
+            }
+        }
+    }
+
+    fn ask(&mut self, copyset: CopysetId, op: RequestOp, whom: Whom) {
+        self.ask_shard(ShardId(shard_of(copyset, self.shards)), copyset, op, whom);
+    }
+
+    fn ask_shard(&mut self, shard: ShardId, copyset: CopysetId, op: RequestOp, whom: Whom) {
+        let serial = self.next_serial();
+        let slot = self.waiting.insert(Waiting { serial, whom });
+        let origin = Origin { shard: self.number, slot: slot as u32, serial };
+        let request = Request { copyset, op, origin };
+        if shard.0 == self.number {
+            self.requested = true;
+            self.shard.request(request, &mut self.effects);
+        } else {
+            self.context.metrics().add(Counter::Hops, 1);
+            self.setup.mailbox.send_request(shard.0, request);
+        }
+    }
+
+    /// A reply of our shard: to us, another shard or the control thread.
+    pub(super) fn route_reply(&mut self, reply: Reply) {
+        match reply.origin.shard {
+            shard if shard == self.number => self.own_reply(reply),
+            CONTROL => {
+                if let Some(port) = &self.setup.control {
+                    port.reply(reply);
+                }
+            }
+            shard => self.setup.mailbox.send_reply(shard, reply),
+        }
+    }
+
+    pub(super) fn own_reply(&mut self, reply: Reply) {
+        let slot = reply.origin.slot as usize;
+        let known = self.waiting.get(slot).is_some_and(|w| w.serial == reply.origin.serial);
+        assert!(known, "a reply to nothing: {:?}", reply.origin);
+        match self.waiting.remove(slot).whom {
+            Whom::Call(client, pending) => {
+                let handled = service::resume(&self.context, self.io.now(), pending, reply);
+                self.handled(client, handled);
+            }
+            Whom::Gather(key) => {
+                let Some(gather) = self.gathers.get_mut(key) else { return };
+                gather.replies.push(reply);
+                if gather.replies.len() == usize::from(self.shards) {
+                    let Gather { client, pending, replies } = self.gathers.remove(key);
+                    let handled = service::resume_all(&self.context, self.io.now(), pending, replies);
+                    self.handled(client, handled);
+                }
+            }
+            Whom::Volume { job, part } => self.volume_reply(job, part, reply),
+        }
+    }
+
+    fn volume_reply(&mut self, key: usize, part: u32, reply: Reply) {
+        let now = self.io.now();
+        let Some(job) = self.jobs.get_mut(key) else { return };
+        match job.io.reply(part, reply, now) {
+            Progress::More | Progress::Retry { .. } => self.drive(key),
+            Progress::Done(result) => {
+                let Job { client, id, .. } = self.jobs.remove(key);
+                if let Some(conn) = self.conns.get_mut(client.index).filter(|c| c.serial == client.serial)
+                    && let Session::Nbd(session) = &mut conn.session
+                {
+                    session.done(id, result);
+                    self.touch(client.index);
+                }
+            }
+        }
+    }
+
+    /// Send what a volume I/O may send now.
+    fn drive(&mut self, key: usize) {
+        let now = self.io.now();
+        while let Some(part) = self.jobs.get_mut(key).and_then(|job| job.io.next_part(now)) {
+            self.ask(part.copyset, part.op, Whom::Volume { job: key, part: part.part });
+        }
+        if let Some(job) = self.jobs.get(key)
+            && let Some(at) = job.io.wake_at()
+        {
+            self.timers.push(Reverse((at, key, job.serial)));
+        }
+    }
+
+    pub(super) fn fire_timers(&mut self) {
+        while let Some(&Reverse((at, key, serial))) = self.timers.peek() {
+            if at > self.io.now() {
+                return;
+            }
+            self.timers.pop();
+            if key >= ACCEPT_TIMER {
+                self.accept_timer(key - ACCEPT_TIMER);
+            } else if self.jobs.get(key).is_some_and(|job| job.serial == serial) {
+                self.drive(key);
+            }
+        }
+    }
+
+    /// Nobody waits for a shard.
+    pub(super) fn is_quiet(&self) -> bool {
+        self.waiting.is_empty() && self.jobs.is_empty()
+    }
+
+    /// Make the other shards write back too: their dirty data may sit in our buffers.
+    pub(super) fn wake_all(&mut self) {
+        for shard in (0..self.shards).filter(|&s| s != self.number) {
+            self.io.submit(token(Owner::Wake, 0, 0), Op::Wake { shard: ShardId(shard) });
+        }
+    }
+}

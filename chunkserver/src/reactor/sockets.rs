@@ -1,0 +1,348 @@
+//! Sockets of a reactor: accept, receive, send, close. What the bytes mean is the sessions' business.
+//!
+//! A connection stays in its slot until every operation on it has come back, so a slot's completions never reach a
+//! later connection. A client that stalls or does not read its replies only makes its own connection wait.
+
+use super::{Owner, Protocol, Reactor, token};
+use crate::io::buffer::{PoolBuf, RecvBuf};
+use crate::io::{ConnId, Done, Errno, Io, ListenerId, Op};
+use crate::metrics::Counter;
+use crate::nbd;
+use crate::rpc;
+
+/// Accepts in flight per listener.
+const ACCEPTS: usize = 4;
+/// Buffers of one vectored send.
+const SEND_BUFS: usize = 256;
+/// Pause after accept failed (out of file descriptors, most likely), milliseconds.
+const ACCEPT_PAUSE_MS: u64 = 50;
+
+/// What is spoken on a connection.
+#[derive(Debug)]
+pub(super) enum Session {
+    Rpc(Box<rpc::Connection>),
+    Nbd(Box<nbd::Session>),
+}
+
+/// A connection.
+#[derive(Debug)]
+pub(super) struct Conn {
+    id: ConnId,
+    pub(super) serial: u32,
+    pub(super) session: Session,
+    /// Received and not yet used.
+    input: Option<(RecvBuf, usize)>,
+    receiving: bool,
+    sending: bool,
+    listed: bool,
+    touched: bool,
+    /// To be closed; nothing more is read or sent.
+    doomed: bool,
+    close_sent: bool,
+    close_done: bool,
+}
+
+impl Conn {
+    fn gone(&self) -> bool {
+        self.close_done && !self.receiving && !self.sending
+    }
+    pub(super) fn is_nbd(&self) -> bool {
+        matches!(self.session, Session::Nbd(_))
+    }
+    /// Owes no answer and has none queued.
+    pub(super) fn is_quiet(&self) -> bool {
+        match &self.session {
+            Session::Rpc(c) => c.requests() == 0 && c.backlog_bytes() == 0,
+            Session::Nbd(s) => s.requests_in_flight() == 0 && s.backlog_bytes() == 0,
+        }
+    }
+}
+
+impl<I: Io> Reactor<I> {
+    /// Arm the listeners at start and after a pause.
+    pub(super) fn accept_more(&mut self) {
+        let due = self.accept_again.is_some_and(|at| at <= self.io.now());
+        if !due || !self.shard.serving() {
+            if due {
+                self.accept_again = Some(self.io.now().after_ms(1)); // not before start-up is over
+            }
+            return;
+        }
+        self.accept_again = None;
+        for (i, &(listener, _)) in self.setup.listeners.iter().enumerate() {
+            for _ in 0..ACCEPTS {
+                self.io.submit(token(Owner::Accept, 0, i), Op::Accept { listener });
+            }
+        }
+        if !self.setup.listeners.is_empty() {
+            self.setup.shared.set_loaded();
+        }
+    }
+
+    pub(super) fn accepted(&mut self, index: usize, done: Done) {
+        let Some(&(listener, protocol)) = self.setup.listeners.get(index) else { return };
+        match done {
+            Done::Accept(Ok(conn)) => {
+                self.context.metrics().add(Counter::Accepted, 1);
+                let shard = self.round_robin();
+                if shard.0 == self.number {
+                    self.open(conn, protocol as u8);
+                } else if let Err(conn) = self.setup.mailbox.send_connection(shard.0, conn, protocol as u8) {
+                    self.open(conn, protocol as u8);
+                }
+                self.accept_one(index, listener);
+            }
+            Done::Accept(Err(error)) => {
+                if self.draining.is_none() {
+                    tracing::debug!(%error, "accept failed");
+                    let at = self.io.now().after_ms(ACCEPT_PAUSE_MS);
+                    let serial = self.next_serial();
+                    self.timers.push(std::cmp::Reverse((at, super::routing::ACCEPT_TIMER + index, serial)));
+                }
+            }
+            other => unreachable!("an accept came back as {other:?}"),
+        }
+    }
+
+    fn accept_one(&mut self, index: usize, listener: ListenerId) {
+        if self.draining.is_none() {
+            self.io.submit(token(Owner::Accept, 0, index), Op::Accept { listener });
+        }
+    }
+
+    /// Try again after a pause.
+    pub(super) fn accept_timer(&mut self, index: usize) {
+        if let Some(&(listener, _)) = self.setup.listeners.get(index) {
+            self.accept_one(index, listener);
+        }
+    }
+
+    pub(super) fn serve(&mut self, id: ConnId, protocol: Protocol) {
+        let session = match protocol {
+            Protocol::Rpc => Session::Rpc(Box::new(rpc::Connection::new(self.options))),
+            Protocol::Nbd => {
+                let session = nbd::Session::new(self.setup.catalog.clone(), nbd::Limits::default());
+                Session::Nbd(Box::new(session))
+            }
+        };
+        self.context.metrics().add(Counter::Connections, 1);
+        let serial = self.next_serial() & super::SERIAL_MASK;
+        let index = self.conns.insert(Conn {
+            id,
+            serial,
+            session,
+            input: None,
+            receiving: false,
+            sending: false,
+            listed: false,
+            touched: false,
+            doomed: false,
+            close_sent: false,
+            close_done: false,
+        });
+        self.touch(index);
+    }
+
+    /// Look at this connection at the end of the turn: send, receive, close.
+    pub(super) fn touch(&mut self, index: usize) {
+        if let Some(conn) = self.conns.get_mut(index)
+            && !std::mem::replace(&mut conn.touched, true)
+        {
+            self.touched.push(index);
+        }
+    }
+
+    pub(super) fn received(&mut self, index: usize, serial: u32, done: Done) {
+        let Some(conn) = self.conns.get_mut(index).filter(|c| c.serial == serial) else { return };
+        conn.receiving = false;
+        self.touch(index);
+        match done {
+            Done::Recv(Ok(data)) => self.input(index, data),
+            // Every receive buffer is in use; they come back within the turn.
+            Done::Recv(Err(Errno(libc::ENOBUFS | libc::EINTR | libc::EAGAIN))) => self.again = true,
+            Done::Recv(Err(_)) => self.doom(index),
+            Done::RecvInto { buf, result } => self.input_direct(index, buf, result),
+            other => unreachable!("a receive came back as {other:?}"),
+        }
+    }
+
+    fn input(&mut self, index: usize, data: RecvBuf) {
+        let Some(conn) = self.conns.get_mut(index) else { return };
+        if data.is_empty() {
+            return self.doom(index); // half-closed peers are treated as gone, as brpc does
+        }
+        self.context.metrics().add(Counter::BytesIn, data.len() as u64);
+        conn.input = Some((data, 0));
+        self.parse(index);
+    }
+
+    fn input_direct(&mut self, index: usize, buf: PoolBuf, result: Result<usize, Errno>) {
+        let now = self.io.now();
+        let Some(conn) = self.conns.get_mut(index) else { return };
+        let added = match result {
+            Ok(added) => added,
+            Err(Errno(libc::EINTR | libc::EAGAIN)) => 0,
+            Err(_) => return self.doom(index),
+        };
+        if added == 0 && result.is_ok() {
+            return self.doom(index);
+        }
+        self.context.metrics().add(Counter::BytesIn, added as u64);
+        match &mut conn.session {
+            Session::Rpc(c) => c.direct_done(buf, added, &mut self.incoming),
+            Session::Nbd(s) => s.direct_done(now, buf, added, &mut self.nbd_events),
+        }
+        self.handle_incoming(index);
+    }
+
+    /// Let the session use what was received.
+    fn parse(&mut self, index: usize) {
+        let now = self.io.now();
+        let Some(conn) = self.conns.get_mut(index) else { return };
+        let Some((data, at)) = conn.input.take().filter(|_| !conn.doomed) else { return };
+        let mut rest = data.get(at..).unwrap_or_default();
+        let arena = &self.setup.arenas.payload;
+        let (waits, starved, failed) = match &mut conn.session {
+            Session::Rpc(c) => match c.received(&mut rest, arena, &mut self.incoming) {
+                Ok(rpc::Progress::Consumed) => (false, false, None),
+                Ok(rpc::Progress::NoBuffer) => (true, true, None),
+                Ok(rpc::Progress::Later) => (true, false, None),
+                Err(reason) => (false, false, Some(reason.to_string())),
+            },
+            Session::Nbd(s) => match s.received(now, &mut rest, arena, &mut self.nbd_events) {
+                Ok(nbd::Progress::Consumed) => (false, false, None),
+                Ok(nbd::Progress::Stalled) => (true, true, None),
+                Err(reason) => (false, false, Some(reason.to_string())),
+            },
+        };
+        if waits {
+            let at = data.len() - rest.len();
+            conn.input = Some((data, at));
+            let counter = if starved { Counter::BufferStalls } else { Counter::BudgetStalls };
+            if !std::mem::replace(&mut conn.listed, true) {
+                self.context.metrics().add(counter, 1);
+                self.unread.push(index);
+            }
+            self.starved |= starved;
+        }
+        self.handle_incoming(index);
+        if let Some(reason) = failed {
+            tracing::debug!(reason, "closing a connection");
+            self.context.metrics().add(Counter::ClosedByUs, 1);
+            self.doom(index);
+        }
+    }
+
+    /// Connections that had to wait for memory or for their own replies.
+    pub(super) fn retry_unread(&mut self) {
+        for index in std::mem::take(&mut self.unread) {
+            if let Some(conn) = self.conns.get_mut(index) {
+                conn.listed = false;
+                self.touch(index);
+                self.parse(index);
+            }
+        }
+    }
+
+    /// At the end of a turn: send, receive on, close.
+    pub(super) fn finish_sockets(&mut self) {
+        for index in std::mem::take(&mut self.touched) {
+            let Some(conn) = self.conns.get_mut(index) else { continue };
+            conn.touched = false;
+            self.start_send(index);
+            self.start_receive(index);
+            self.finish_close(index);
+        }
+    }
+
+    fn start_send(&mut self, index: usize) {
+        let Some(conn) = self.conns.get_mut(index).filter(|c| !c.sending && !c.doomed) else { return };
+        let (bufs, finished) = match &mut conn.session {
+            Session::Rpc(c) => (c.take_send(SEND_BUFS), c.is_finished()),
+            Session::Nbd(s) => (s.take_send().into_iter().collect(), s.is_finished()),
+        };
+        if bufs.is_empty() {
+            conn.doomed |= finished;
+            return;
+        }
+        conn.sending = true;
+        let bytes: usize = bufs.iter().map(bytes::Bytes::len).sum();
+        self.context.metrics().add(Counter::BytesOut, bytes as u64);
+        self.io.submit(token(Owner::Send, conn.serial, index), Op::Send { conn: conn.id, bufs });
+    }
+
+    fn start_receive(&mut self, index: usize) {
+        let stop_nbd = self.draining.is_some();
+        let Some(conn) = self.conns.get_mut(index) else { return };
+        if conn.doomed || conn.receiving || conn.input.is_some() || (stop_nbd && conn.is_nbd()) {
+            return;
+        }
+        let (may, direct) = match &mut conn.session {
+            Session::Rpc(c) => (c.may_receive(), c.direct()),
+            Session::Nbd(s) => (s.may_receive(), s.direct()),
+        };
+        let op = match direct {
+            Some((buf, filled)) => Op::RecvInto { conn: conn.id, buf, filled },
+            None if may => Op::Recv { conn: conn.id },
+            // A session that waits for a payload buffer although all its input is used.
+            None => return self.list_if_hungry(index),
+        };
+        conn.receiving = true;
+        self.io.submit(token(Owner::Recv, conn.serial, index), op);
+    }
+
+    /// The session holds a frame head whose payload found no buffer: try again next turn.
+    fn list_if_hungry(&mut self, index: usize) {
+        let Some(conn) = self.conns.get_mut(index) else { return };
+        let hungry = match &conn.session {
+            Session::Rpc(c) => c.wants_buffer().is_some(),
+            Session::Nbd(s) => s.wants_buffer(),
+        };
+        if hungry && !std::mem::replace(&mut conn.listed, true) {
+            conn.input = Some((RecvBuf::new(bytes::Bytes::new()), 0));
+            self.unread.push(index);
+            self.starved = true;
+        }
+    }
+
+    pub(super) fn sent(&mut self, index: usize, serial: u32, done: Done) {
+        let Some(conn) = self.conns.get_mut(index).filter(|c| c.serial == serial) else { return };
+        conn.sending = false;
+        match &mut conn.session {
+            Session::Rpc(c) => c.sent(),
+            Session::Nbd(s) => s.sent(),
+        }
+        if matches!(done, Done::Send(Err(_))) {
+            self.doom(index);
+        }
+        self.touch(index);
+    }
+
+    /// Give a connection up.
+    pub(super) fn doom(&mut self, index: usize) {
+        if let Some(conn) = self.conns.get_mut(index) {
+            conn.doomed = true;
+            conn.input = None;
+            self.touch(index);
+        }
+    }
+
+    fn finish_close(&mut self, index: usize) {
+        let Some(conn) = self.conns.get_mut(index) else { return };
+        if conn.doomed && !conn.close_sent {
+            conn.close_sent = true;
+            self.io.submit(token(Owner::Close, conn.serial, index), Op::Close { conn: conn.id });
+        }
+        if conn.gone() {
+            self.conns.remove(index);
+            self.context.metrics().sub(Counter::Connections, 1);
+        }
+    }
+
+    pub(super) fn closed(&mut self, index: usize, serial: u32) {
+        if let Some(conn) = self.conns.get_mut(index).filter(|c| c.serial == serial) {
+            conn.close_done = true;
+            self.touch(index);
+        }
+    }
+}

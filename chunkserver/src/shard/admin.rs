@@ -1,0 +1,118 @@
+//! Copysets come and go; their state is shown.
+
+use super::request::{AdminOp, CopysetStatus, Origin, Outcome, Reply, ReplyData, Request, RequestOp};
+use super::{Effects, Shard, reply};
+use copyset::{Copyset, Role};
+use raftlog::{CopysetId, Seq};
+
+/// A change that waits for its log record.
+pub(super) struct Pending {
+    pub(super) origin: Origin,
+    seq: Seq,
+    copyset: CopysetId,
+    create: bool,
+}
+
+impl Shard {
+    pub(super) fn administer(&mut self, request: Request, out: &mut Effects) {
+        let RequestOp::Admin(op) = request.op else { return };
+        let (id, origin) = (request.copyset, request.origin);
+        match op {
+            AdminOp::CreateCopyset { peers } => self.create_copyset(id, &peers, origin, out),
+            AdminOp::DeleteCopyset => self.delete_copyset(id, origin, out),
+            AdminOp::CopysetStatus => match self.copyset_status(id) {
+                Some(status) => answer(out, origin, ReplyData::Copysets(vec![status])),
+                None => reply(out, origin, Outcome::NoCopyset),
+            },
+            AdminOp::ListCopysets => {
+                let all = self.groups.keys().filter_map(|&id| self.copyset_status(id)).collect();
+                answer(out, origin, ReplyData::Copysets(all));
+            }
+            AdminOp::ShardStatus => answer(out, origin, ReplyData::Shard(Box::new(self.status()))),
+        }
+    }
+
+    fn create_copyset(&mut self, id: CopysetId, peers: &[u64], origin: Origin, out: &mut Effects) {
+        if self.groups.contains_key(&id) || self.admin.iter().any(|p| p.copyset == id) {
+            return reply(out, origin, Outcome::Exists);
+        }
+        self.incarnations += 1;
+        let incarnation = mix(self.config.seed ^ self.now.0.rotate_left(32) ^ self.incarnations ^ id.0).max(1);
+        let checkpoint = Copyset::initial_checkpoint(peers, incarnation);
+        let seq = self.log.borrow_mut().checkpoint(id, checkpoint);
+        self.admin.push(Pending { origin, seq, copyset: id, create: true });
+    }
+
+    fn delete_copyset(&mut self, id: CopysetId, origin: Origin, out: &mut Effects) {
+        if self.admin.iter().any(|p| p.copyset == id) {
+            return reply(out, origin, Outcome::Failed);
+        }
+        let Some(group) = self.groups.remove(&id) else {
+            return reply(out, origin, Outcome::NoCopyset);
+        };
+        // What was proposed and not yet applied will never be answered otherwise.
+        let cookies: Vec<u64> = group.raft.pending_cookies().collect();
+        for cookie in cookies.into_iter().chain(group.queue.iter().filter_map(|c| c.cookie)) {
+            self.settle(id, cookie, Outcome::NoCopyset, 0, out);
+        }
+        self.store.remove_copyset(id, group.applied);
+        let seq = self.log.borrow_mut().purge(id);
+        self.admin.push(Pending { origin, seq, copyset: id, create: false });
+    }
+
+    /// Answer the changes whose records are durable.
+    pub(super) fn admin_step(&mut self, out: &mut Effects) {
+        let durable = self.log.borrow().durable_seq();
+        let (done, waiting) = std::mem::take(&mut self.admin).into_iter().partition(|p| p.seq <= durable);
+        self.admin = waiting;
+        for Pending { origin, copyset, create, .. } in done {
+            if create {
+                if let Err(failure) = self.start_copyset(copyset) {
+                    tracing::error!("{failure}");
+                    reply(out, origin, Outcome::Failed);
+                    continue;
+                }
+            } else {
+                self.store.copyset_gone(copyset);
+            }
+            reply(out, origin, Outcome::Success);
+        }
+    }
+
+    fn copyset_status(&self, id: CopysetId) -> Option<CopysetStatus> {
+        let group = self.groups.get(&id)?;
+        let raft = &group.raft;
+        let conf = raft.conf();
+        Some(CopysetStatus {
+            id: id.0,
+            state: match raft.role() {
+                Role::Leader => 1,
+                Role::Candidate => 3,
+                Role::Follower if conf.voters.is_empty() => 6,
+                Role::Follower => 4,
+            },
+            peer: raft.peer(),
+            leader: raft.leader(),
+            peers: conf.voters.clone(),
+            term: raft.term(),
+            committed: raft.commit_index(),
+            applied: group.applied,
+            first: raft.first_index(),
+            last: raft.last_index(),
+            durable: raft.durable_index(),
+            epoch: conf.epoch,
+            chunks: self.store.chunks_of(id) as u64,
+        })
+    }
+}
+
+fn answer(out: &mut Effects, origin: Origin, data: ReplyData) {
+    out.replies.push(Reply { origin, outcome: Outcome::Success, applied_index: 0, data });
+}
+
+/// SplitMix64's finaliser: spreads a seed over all 64 bits.
+const fn mix(mut x: u64) -> u64 {
+    x = (x ^ (x >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+    x = (x ^ (x >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+    x ^ (x >> 31)
+}

@@ -1,0 +1,137 @@
+//! Committed entries into memory, in order per copyset. After a restart their payloads are fetched from the log first.
+
+use super::entry::{Header, Kind};
+use super::request::{BlockCrcs, Outcome};
+use super::{DISK, Effects, Failure, Shard, Task};
+use crate::chunk::ApplyOp;
+use crate::io::buffer::PoolBuf;
+use crate::io::{Errno, Op};
+use bytes::Bytes;
+use copyset::Committed;
+use raftlog::{BLOCK, CopysetId, crc32c};
+
+/// Payload fetches in flight at once.
+const FETCHES_MAX: usize = 64;
+
+/// What became of the entry at the head of a copyset's queue.
+enum Step {
+    Applied,
+    Wait,
+    Failed(Failure),
+}
+
+impl Shard {
+    /// Apply what can be applied now; true if anything was.
+    pub(super) fn apply_ready(&mut self, out: &mut Effects) -> bool {
+        let mut worked = false;
+        for id in std::mem::take(&mut self.applying) {
+            let before = self.groups.get(&id).map_or(0, |g| g.applied);
+            let waits = loop {
+                match self.apply_next(id, out) {
+                    Some(Step::Applied) => {}
+                    Some(Step::Wait) => break true,
+                    Some(Step::Failed(failure)) => {
+                        self.fail(failure);
+                        return false;
+                    }
+                    None => break false,
+                }
+            };
+            let Some(group) = self.groups.get_mut(&id) else { continue };
+            group.applying = waits;
+            if waits {
+                self.applying.push(id);
+            }
+            if group.applied > before {
+                worked = true;
+                group.raft.applied(group.applied);
+                self.log.borrow_mut().evict(id, group.applied);
+                self.mark_dirty(id);
+            }
+        }
+        worked
+    }
+
+    /// Apply the head of a copyset's queue; `None` when the queue is empty.
+    fn apply_next(&mut self, id: CopysetId, out: &mut Effects) -> Option<Step> {
+        let group = self.groups.get_mut(&id)?;
+        if group.damaged || group.fetching {
+            return Some(Step::Wait);
+        }
+        let head = group.queue.front()?;
+        if head.payload_len > 0 && head.payload.is_empty() {
+            let (index, len) = (head.index, head.payload_len);
+            self.fetch(id, index, len, out);
+            return Some(Step::Wait);
+        }
+        let committed = group.queue.pop_front()?;
+        let (index, cookie) = (committed.index, committed.cookie);
+        if let Err(failure) = self.apply(id, committed) {
+            return Some(Step::Failed(failure));
+        }
+        if let Some(group) = self.groups.get_mut(&id) {
+            group.applied = index;
+        }
+        if let Some(cookie) = cookie {
+            self.settle(id, cookie, Outcome::Success, index, out);
+        }
+        Some(Step::Applied)
+    }
+
+    fn apply(&mut self, id: CopysetId, committed: Committed) -> Result<(), Failure> {
+        let Committed { index, context, payload, .. } = committed;
+        let (crcs, header) = split_context(&context, payload.len() / BLOCK);
+        if header.is_empty() {
+            return Ok(()); // a leader's own-term entry, or a conf change that raft applied
+        }
+        let header = Header::decode(header)?;
+        let op = match header.kind {
+            Kind::Write => ApplyOp::Write { sn: header.sn, offset: header.offset, payload, crcs },
+            Kind::Delete => ApplyOp::Delete,
+            Kind::Zero => ApplyOp::Zero { offset: header.offset, len: header.len },
+        };
+        self.store.apply(id, index, header.chunk, op, self.now.0);
+        Ok(())
+    }
+
+    /// Read an entry's payload back from the log, when there is room for it.
+    fn fetch(&mut self, id: CopysetId, index: u64, len: usize, out: &mut Effects) {
+        let room = self.store.dirty_bytes() == 0 || self.store.dirty_bytes() + len <= self.config.dirty_limit;
+        let busy = self.groups.values().filter(|g| g.fetching).count();
+        if !room || busy >= FETCHES_MAX {
+            return;
+        }
+        let location = self.log.borrow().index(id).and_then(|i| i.location(index));
+        let Some(location) = location else {
+            return self.fail(Failure::Recovery(format!("entry {index} of {id:?} is not in the log")));
+        };
+        let Some(mut buf) = self.arenas.payload.alloc(len) else { return };
+        buf.truncate(len);
+        if let Some(group) = self.groups.get_mut(&id) {
+            group.fetching = true;
+        }
+        let offset = self.layout.log_offset(self.config.shard) + location.offset;
+        self.submit(out, Task::Fetch { copyset: id, index }, Op::Read { file: DISK, offset, buf });
+    }
+
+    pub(super) fn fetched(&mut self, id: CopysetId, index: u64, buf: PoolBuf, result: Result<(), Errno>) {
+        let Some(group) = self.groups.get_mut(&id) else { return };
+        group.fetching = false;
+        let Some(head) = group.queue.front_mut().filter(|head| head.index == index) else { return };
+        let (crcs, _) = split_context(&head.context, buf.len() / BLOCK);
+        let sound = result.is_ok() && buf.chunks(BLOCK).zip(&crcs).all(|(block, &crc)| crc32c(block) == crc);
+        if sound && crcs.len() * BLOCK == buf.len() {
+            head.payload = buf.freeze();
+        } else {
+            // With one replica there is nobody to repair from: this copyset answers CRC_FAIL, the others go on (rule 21).
+            tracing::error!(copyset = ?id, index, "a committed log entry is unreadable; the copyset is out of service");
+            group.damaged = true;
+        }
+    }
+}
+
+/// Block CRCs and op header of an entry's context.
+fn split_context(context: &Bytes, blocks: usize) -> (BlockCrcs, &[u8]) {
+    let (crcs, header) = context.split_at_checked(blocks * 4).unwrap_or((&[], context));
+    (crcs.chunks_exact(4).map(|c| u32::from_le_bytes([c[0], c[1], c[2], c[3]])).collect(), header)
+}

@@ -1,0 +1,136 @@
+//! From request to raft proposal: the only place where an operation can be refused (rules 13, 14).
+
+use super::entry::Header;
+use super::request::{BlockCrcs, ChunkOp, Outcome, Reply, ReplyData, Request, RequestOp};
+use super::{Effects, Shard, Waiting, reply};
+use bytes::Bytes;
+use copyset::ProposeError;
+use raftlog::{BLOCK, CopysetId};
+
+/// Log space an entry may need besides its payload: its header and the header block of a batch of its own.
+const LOG_OVERHEAD: u64 = 4 * BLOCK as u64;
+
+impl Shard {
+    pub(super) fn chunk_request(&mut self, request: Request, out: &mut Effects) {
+        let RequestOp::Chunk { chunk, ref op } = request.op else { return };
+        let Some(group) = self.groups.get(&request.copyset) else {
+            return reply(out, request.origin, Outcome::NoCopyset);
+        };
+        if group.damaged {
+            return reply(out, request.origin, Outcome::CrcFail);
+        }
+        // A checksum may be asked of any replica; everything else only of a leader that has caught up with itself.
+        if !group.raft.is_leader_ready() && !matches!(op, ChunkOp::Hash { .. }) {
+            return reply(out, request.origin, Outcome::NotLeader);
+        }
+        match *op {
+            ChunkOp::Read { offset, len } => self.read(request.origin, request.copyset, chunk, offset, len, out),
+            ChunkOp::Hash { offset, len } => self.hash(request.origin, request.copyset, chunk, offset, len, out),
+            ChunkOp::Info => {
+                let versions = self.store.info(request.copyset, chunk).unwrap_or_default();
+                let applied_index = group.applied;
+                let data = ReplyData::Versions(versions);
+                out.replies.push(Reply { origin: request.origin, outcome: Outcome::Success, applied_index, data });
+            }
+            ChunkOp::Write { .. } | ChunkOp::Delete { .. } | ChunkOp::Zero { .. } => {
+                if !self.deferred.is_empty() || !self.has_room(op) {
+                    self.deferred.push_back(request);
+                } else {
+                    self.propose(request, out);
+                }
+            }
+        }
+    }
+
+    /// Is there memory and log space for this operation now?
+    fn has_room(&self, op: &ChunkOp) -> bool {
+        let len = payload_len(op);
+        let waiting = self.store.dirty_bytes() + self.in_flight_bytes;
+        // One operation always fits: a payload larger than the limit must not wait for ever.
+        let memory = waiting == 0 || waiting + len <= self.config.dirty_limit;
+        memory && self.log.borrow().space_for_entries() >= len as u64 + LOG_OVERHEAD
+    }
+
+    /// Try again what found no room, in order.
+    pub(super) fn admit_deferred(&mut self, out: &mut Effects) {
+        while let Some(request) = self.deferred.front() {
+            let RequestOp::Chunk { ref op, .. } = request.op else { unreachable!("only chunk operations wait") };
+            if !self.has_room(op) {
+                return;
+            }
+            let Some(request) = self.deferred.pop_front() else { return };
+            match self.groups.get(&request.copyset) {
+                None => reply(out, request.origin, Outcome::NoCopyset),
+                Some(group) if !group.raft.is_leader_ready() => reply(out, request.origin, Outcome::NotLeader),
+                Some(_) => self.propose(request, out),
+            }
+        }
+    }
+
+    fn propose(&mut self, request: Request, out: &mut Effects) {
+        let RequestOp::Chunk { chunk, op } = request.op else { return };
+        let id = request.copyset;
+        if payload_len(&op) > self.log.borrow().max_entry_bytes() {
+            return reply(out, request.origin, Outcome::Invalid);
+        }
+        if let Err(outcome) = self.store.admit(id, chunk, &op) {
+            return reply(out, request.origin, outcome);
+        }
+        let applied_index = self.groups.get(&id).map_or(0, |g| g.applied);
+        if is_noop(&op) {
+            let data = ReplyData::None;
+            return out.replies.push(Reply {
+                origin: request.origin,
+                outcome: Outcome::Success,
+                applied_index,
+                data,
+            });
+        }
+        let Some(header) = Header::of(chunk, &op) else { return };
+        let (payload, crcs) = match &op {
+            ChunkOp::Write { payload, crcs, .. } => (payload.clone(), crcs.clone()),
+            _ => (Bytes::new(), BlockCrcs::new()),
+        };
+        let pinned = payload.len();
+        let cookie = self.waiting.insert(Waiting { origin: request.origin, chunk, op, pinned }) as u64;
+        self.in_flight_bytes += pinned;
+        let Some(group) = self.groups.get_mut(&id) else { return };
+        if let Err(error) = group.raft.propose(cookie, &header.encode(), &crcs, payload) {
+            let outcome = match error {
+                ProposeError::NotLeader { .. } | ProposeError::NotReady => Outcome::NotLeader,
+                ProposeError::Full => Outcome::Overload,
+            };
+            self.settle(id, cookie, outcome, 0, out);
+            return;
+        }
+        self.mark_dirty(id);
+    }
+
+    /// A proposal will never commit.
+    pub(super) fn dropped(&mut self, id: CopysetId, cookie: u64, out: &mut Effects) {
+        self.settle(id, cookie, Outcome::NotLeader, 0, out);
+    }
+
+    /// Answer a proposal.
+    pub(super) fn settle(&mut self, id: CopysetId, cookie: u64, outcome: Outcome, index: u64, out: &mut Effects) {
+        let Some(waiting) = self.waiting.try_remove(cookie as usize) else { return };
+        self.in_flight_bytes -= waiting.pinned;
+        if outcome != Outcome::Success {
+            self.store.abandon(id, waiting.chunk, &waiting.op);
+        }
+        out.replies.push(Reply { origin: waiting.origin, outcome, applied_index: index, data: ReplyData::None });
+    }
+}
+
+fn payload_len(op: &ChunkOp) -> usize {
+    if let ChunkOp::Write { payload, .. } = op { payload.len() } else { 0 }
+}
+
+/// Valid, but changes nothing: no entry is made of it.
+fn is_noop(op: &ChunkOp) -> bool {
+    match op {
+        ChunkOp::Write { payload, .. } => payload.is_empty(),
+        ChunkOp::Zero { len, .. } => *len == 0,
+        _ => false,
+    }
+}

@@ -1,0 +1,363 @@
+//! The one writer of the catalog: lock, check, write a new file, make it durable, then show it.
+
+use super::{Catalog, NAME_BYTES_MAX, OpenError, SharedCatalog, VOLUMES_MAX, is_name};
+use crate::volume::Volume;
+use crate::volume::map::{Geometry, GeometryError, Shape};
+use raftlog::CopysetId;
+use rustix::fs::{FlockOperation, flock};
+use std::fs::{File, OpenOptions};
+use std::io::Write;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+/// Version of a volume that never had a chunk snapshot (0 is refused by chunks, datastore.md §7).
+const FIRST_SN: u64 = 1;
+
+/// Why a change was not made.
+#[derive(Debug, thiserror::Error)]
+pub enum ChangeError {
+    /// Bad name.
+    #[error("a name is 1 to {NAME_BYTES_MAX} bytes of printable characters without '/', not {0:?}")]
+    Name(String),
+    /// Name in use.
+    #[error("volume {0:?} exists")]
+    Exists(String),
+    /// No such volume.
+    #[error("there is no volume {0:?}")]
+    NotFound(String),
+    /// No such volume being deleted.
+    #[error("no volume {0} is being deleted")]
+    NotDeleting(u32),
+    /// Smaller.
+    #[error("a volume only grows: {to} is smaller than {from}")]
+    Shrink {
+        /// Present size.
+        from: u64,
+        /// Size asked.
+        to: u64,
+    },
+    /// Bad size, chunk size, striping or copysets.
+    #[error(transparent)]
+    Geometry(#[from] GeometryError),
+    /// Too many.
+    #[error("{VOLUMES_MAX} volumes exist, no more are possible")]
+    TooMany,
+    /// All ids used.
+    #[error("all volume ids are used up")]
+    IdsUsedUp,
+    /// The file system's error. If it came late, memory and file may differ: no more changes until a restart.
+    #[error("catalog {path}: cannot {what}: {source}")]
+    Io {
+        /// What was tried.
+        what: &'static str,
+        /// On what.
+        path: PathBuf,
+        /// Why not.
+        source: std::io::Error,
+    },
+    /// After a failed sync of the folder.
+    #[error("an earlier change may or may not be on disk: restart before changing more")]
+    Unsure,
+}
+
+/// What [`CatalogStore::create`] needs.
+#[derive(Clone, Debug)]
+pub struct NewVolume {
+    /// Name.
+    pub name: String,
+    /// Size, chunk size, striping.
+    pub shape: Shape,
+    /// Copysets, in mapping order.
+    pub copysets: Vec<CopysetId>,
+    /// Now, seconds since 1970.
+    pub created: u64,
+}
+
+/// The one writer of the catalog.
+#[derive(Debug)]
+pub struct CatalogStore {
+    path: PathBuf,
+    /// Holds the flock.
+    _lock: File,
+    shared: SharedCatalog,
+    unsure: bool,
+}
+
+impl CatalogStore {
+    /// Lock and read. A missing file is an empty catalog, written at the first change.
+    ///
+    /// # Errors
+    /// [`OpenError`].
+    pub fn open(path: &Path) -> Result<Self, OpenError> {
+        let lock_path = beside(path, ".lock");
+        let failed = |source| OpenError::Io { what: "open the lock", path: lock_path.clone(), source };
+        let lock = OpenOptions::new().create(true).truncate(false).write(true).open(&lock_path).map_err(failed)?;
+        match flock(&lock, FlockOperation::NonBlockingLockExclusive) {
+            Ok(()) => {}
+            Err(rustix::io::Errno::WOULDBLOCK) => return Err(OpenError::Locked(path.to_owned())),
+            Err(e) => return Err(failed(e.into())),
+        }
+        let shared = SharedCatalog::new(Catalog::read(path)?);
+        Ok(Self { path: path.to_owned(), _lock: lock, shared, unsure: false })
+    }
+
+    /// For the shards.
+    #[must_use]
+    pub fn shared(&self) -> SharedCatalog {
+        self.shared.clone()
+    }
+    /// The present state.
+    #[must_use]
+    pub fn catalog(&self) -> Arc<Catalog> {
+        self.shared.snapshot()
+    }
+
+    /// Create a volume.
+    ///
+    /// # Errors
+    /// [`ChangeError`]; nothing was created.
+    pub fn create(&mut self, new: NewVolume) -> Result<Arc<Volume>, ChangeError> {
+        let mut next = (*self.catalog()).clone();
+        if !is_name(&new.name) {
+            return Err(ChangeError::Name(new.name));
+        }
+        if next.volumes.contains_key(&new.name) {
+            return Err(ChangeError::Exists(new.name));
+        }
+        if next.volumes.len() + next.deleting.len() >= VOLUMES_MAX {
+            return Err(ChangeError::TooMany);
+        }
+        let id = next.next_id;
+        let geometry = Geometry::new(id, new.shape, new.copysets)?;
+        next.next_id = id.checked_add(1).ok_or(ChangeError::IdsUsedUp)?;
+        let volume = Arc::new(Volume::new(id, new.name.clone(), FIRST_SN, new.created, geometry));
+        next.volumes.insert(new.name, Arc::clone(&volume));
+        self.save(next)?;
+        Ok(volume)
+    }
+
+    /// Make a volume larger. Sessions that are open keep the old size. The same size changes nothing.
+    ///
+    /// # Errors
+    /// [`ChangeError`]; nothing was changed.
+    pub fn resize(&mut self, name: &str, size: u64) -> Result<Arc<Volume>, ChangeError> {
+        let mut next = (*self.catalog()).clone();
+        let slot = next.volumes.get_mut(name).ok_or_else(|| ChangeError::NotFound(name.to_owned()))?;
+        if size < slot.size() {
+            return Err(ChangeError::Shrink { from: slot.size(), to: size });
+        }
+        if size == slot.size() {
+            return Ok(Arc::clone(slot));
+        }
+        let volume = Arc::new(slot.with_geometry(slot.geometry().resized(size)?));
+        *slot = Arc::clone(&volume);
+        self.save(next)?;
+        Ok(volume)
+    }
+
+    /// Delete a volume: its name is free, new I/O fails. Its chunks (`geometry().chunks()`) are the caller's to remove;
+    /// then [`Self::forget`] it.
+    ///
+    /// # Errors
+    /// [`ChangeError`]; nothing was deleted.
+    pub fn delete(&mut self, name: &str) -> Result<Arc<Volume>, ChangeError> {
+        let mut next = (*self.catalog()).clone();
+        let volume = next.volumes.remove(name).ok_or_else(|| ChangeError::NotFound(name.to_owned()))?;
+        next.deleting.insert(volume.id(), Arc::clone(&volume));
+        self.save(next)?;
+        volume.mark_deleted();
+        Ok(volume)
+    }
+
+    /// The chunks of a deleted volume are gone: drop its record.
+    ///
+    /// # Errors
+    /// [`ChangeError`].
+    pub fn forget(&mut self, id: u32) -> Result<(), ChangeError> {
+        let mut next = (*self.catalog()).clone();
+        next.deleting.remove(&id).ok_or(ChangeError::NotDeleting(id))?;
+        self.save(next)
+    }
+
+    fn save(&mut self, mut next: Catalog) -> Result<(), ChangeError> {
+        if self.unsure {
+            return Err(ChangeError::Unsure);
+        }
+        next.generation += 1;
+        let temp = beside(&self.path, ".tmp");
+        let failed = |what, path: &Path| {
+            let path = path.to_owned();
+            move |source| ChangeError::Io { what, path, source }
+        };
+        let bytes = next.encode().map_err(|e| failed("encode it", &self.path)(e.into()))?;
+        let mut file = File::create(&temp).map_err(failed("create the new file", &temp))?;
+        file.write_all(&bytes).map_err(failed("write the new file", &temp))?;
+        file.sync_all().map_err(failed("sync the new file", &temp))?;
+        std::fs::rename(&temp, &self.path).map_err(failed("replace it", &self.path))?;
+        // From here on a reader may see the new file, a crash may bring back the old one.
+        self.unsure = true;
+        sync_folder(&self.path).map_err(failed("sync its folder", &self.path))?;
+        self.unsure = false;
+        self.shared.publish(next);
+        Ok(())
+    }
+}
+
+fn beside(path: &Path, suffix: &str) -> PathBuf {
+    let mut name = path.as_os_str().to_owned();
+    name.push(suffix);
+    PathBuf::from(name)
+}
+
+fn sync_folder(path: &Path) -> std::io::Result<()> {
+    let folder = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    File::open(folder)?.sync_all()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn new(name: &str, size: u64) -> NewVolume {
+        let shape = Shape { size, chunk_size: 16 << 20, stripe_unit: 65536, stripe_count: 4 };
+        let copysets = (0..8).map(|i| CopysetId::new(1, 100 + i)).collect();
+        NewVolume { name: name.to_owned(), shape, copysets, created: 1_700_000_000 }
+    }
+    fn names(catalog: &Catalog) -> Vec<(u32, String, u64)> {
+        catalog.volumes().map(|v| (v.id(), v.name().to_owned(), v.size())).collect()
+    }
+
+    #[test]
+    fn changes_survive_and_ids_are_not_reused() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("volumes.json");
+        let mut store = CatalogStore::open(&path).unwrap();
+        let shared = store.shared();
+        assert!(!path.exists(), "nothing is written before the first change");
+        let a = store.create(new("a", 1 << 30)).unwrap();
+        store.create(new("b c", 1 << 30)).unwrap();
+        let before = shared.snapshot();
+        assert_eq!(store.resize("b c", 2 << 30).unwrap().size(), 2 << 30);
+        assert_eq!(before.get("b c").unwrap().size(), 1 << 30, "a snapshot does not change");
+        assert!(!before.get("a").unwrap().is_deleted());
+        store.delete("a").unwrap();
+        assert!(before.get("a").unwrap().is_deleted() && a.is_deleted());
+        assert!(shared.snapshot().get("a").is_none());
+        assert_eq!(store.create(new("a", 4096)).unwrap().id(), 3);
+        drop(store);
+
+        let mut store = CatalogStore::open(&path).unwrap();
+        let catalog = store.catalog();
+        assert_eq!(names(&catalog), [(3, "a".into(), 4096), (2, "b c".into(), 2 << 30)]);
+        assert_eq!(catalog.generation(), 5);
+        assert_eq!(catalog.get("b c").unwrap().geometry().shape(), &Shape { size: 2 << 30, ..new("", 0).shape });
+        assert_eq!(catalog.get("b c").unwrap().geometry().copysets(), new("", 0).copysets);
+        let gone: Vec<_> = catalog.deleting().map(|v| (v.id(), v.is_deleted())).collect();
+        assert_eq!(gone, [(1, true)], "an interrupted deletion is not forgotten");
+        store.forget(1).unwrap();
+        assert!(matches!(store.forget(1), Err(ChangeError::NotDeleting(1))));
+        store.delete("a").unwrap();
+        store.forget(3).unwrap();
+        drop(store);
+        assert_eq!(CatalogStore::open(&path).unwrap().create(new("z", 4096)).unwrap().id(), 4);
+    }
+
+    #[test]
+    fn bad_changes_are_refused() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("volumes.json");
+        let mut store = CatalogStore::open(&path).unwrap();
+        store.create(new("a", 8192)).unwrap();
+        let file = std::fs::read(&path).unwrap();
+        for name in ["", "a/b", "a\n", "\u{7f}", "\u{2028}", &"x".repeat(256)] {
+            assert!(matches!(store.create(new(name, 4096)), Err(ChangeError::Name(_))), "{name:?}");
+        }
+        assert!(matches!(store.create(new("a", 4096)), Err(ChangeError::Exists(_))));
+        assert!(matches!(store.create(new("b", 5000)), Err(ChangeError::Geometry(GeometryError::Size(5000)))));
+        assert!(matches!(store.resize("a", 4096), Err(ChangeError::Shrink { .. })));
+        assert!(matches!(store.resize("a", 8193), Err(ChangeError::Geometry(_))));
+        assert!(matches!(store.resize("b", 8192), Err(ChangeError::NotFound(_))));
+        assert!(matches!(store.delete("b"), Err(ChangeError::NotFound(_))));
+        assert_eq!(store.resize("a", 8192).unwrap().size(), 8192);
+        assert_eq!(std::fs::read(&path).unwrap(), file, "nothing was written");
+    }
+
+    #[test]
+    fn a_failed_write_changes_nothing() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("volumes.json");
+        let mut store = CatalogStore::open(&path).unwrap();
+        store.create(new("a", 8192)).unwrap();
+        std::fs::create_dir(beside(&path, ".tmp")).unwrap();
+        assert!(matches!(store.create(new("b", 4096)), Err(ChangeError::Io { .. })));
+        assert!(matches!(store.delete("a"), Err(ChangeError::Io { .. })));
+        assert!(!store.catalog().get("a").unwrap().is_deleted());
+        std::fs::remove_dir(beside(&path, ".tmp")).unwrap();
+        assert_eq!(store.create(new("b", 4096)).unwrap().id(), 2);
+    }
+
+    #[test]
+    fn one_writer_many_readers() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("volumes.json");
+        let mut store = CatalogStore::open(&path).unwrap();
+        store.create(new("a", 8192)).unwrap();
+        assert!(matches!(CatalogStore::open(&path), Err(OpenError::Locked(_))));
+        assert_eq!(names(&Catalog::read(&path).unwrap()), [(1, "a".into(), 8192)]);
+        drop(store);
+        CatalogStore::open(&path).unwrap();
+    }
+
+    fn written() -> (tempfile::TempDir, PathBuf, String) {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("volumes.json");
+        let mut store = CatalogStore::open(&path).unwrap();
+        store.create(new("vol", 1 << 30)).unwrap();
+        let text = std::fs::read_to_string(&path).unwrap();
+        (dir, path, text)
+    }
+
+    #[test]
+    fn what_is_not_understood_is_refused_and_kept() {
+        let (_dir, path, good) = written();
+        let cases: [(&str, Vec<u8>); 7] = [
+            ("empty", vec![]),
+            ("not JSON", b"hello".to_vec()),
+            ("cut", good.as_bytes()[..good.len() / 2].to_vec()),
+            ("other size", good.replace("1073741824", "1073745920").into_bytes()),
+            ("unknown field", good.replace("\"next_id\"", "\"colour\": 1, \"next_id\"").into_bytes()),
+            ("not UTF-8", vec![0xff; 100]),
+            ("two documents", format!("{good}{good}").into_bytes()),
+        ];
+        for (what, bytes) in cases {
+            std::fs::write(&path, &bytes).unwrap();
+            let error = CatalogStore::open(&path).unwrap_err();
+            assert!(matches!(error, OpenError::Damaged { .. }), "{what}: {error}");
+            assert_eq!(std::fs::read(&path).unwrap(), bytes, "{what}: kept as it is");
+        }
+        std::fs::write(&path, good.replace("\"version\": 1", "\"version\": 2")).unwrap();
+        assert!(matches!(CatalogStore::open(&path), Err(OpenError::Version { found: 2, .. })));
+        std::fs::write(&path, r#"{"version": 7, "anything": ["else"]}"#).unwrap();
+        assert!(matches!(CatalogStore::open(&path), Err(OpenError::Version { found: 7, .. })));
+        std::fs::remove_file(&path).unwrap();
+        std::fs::create_dir(&path).unwrap();
+        assert!(matches!(CatalogStore::open(&path), Err(OpenError::Damaged { .. })));
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(64))]
+        #[test]
+        fn rot_is_never_taken_for_a_catalog(at in any::<prop::sample::Index>(), bit in 0u8..8) {
+            let (_dir, path, good) = written();
+            let mut bytes = good.clone().into_bytes();
+            let at = at.index(bytes.len());
+            bytes[at] ^= 1 << bit;
+            std::fs::write(&path, &bytes).unwrap();
+            // A flip in white space may be harmless; anything else is an error. Never another catalog.
+            if let Ok(catalog) = Catalog::read(&path) {
+                prop_assert_eq!(names(&catalog), vec![(1, "vol".to_owned(), 1 << 30)]);
+            }
+        }
+    }
+}

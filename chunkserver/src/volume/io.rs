@@ -1,0 +1,666 @@
+//! One I/O on a volume: cut into requests to chunks, a bounded number of them in flight, gathered again.
+//!
+//! Promises: an I/O ends exactly once, and only when none of its requests is in flight (a late piece of a failed
+//! write could otherwise overtake the client's next one); requests that were not done for a passing reason are asked
+//! again with back-off until the deadline; a read of an absent chunk is zeros; data is shared, never copied.
+
+use crate::io::Instant;
+use crate::shard::request::{BlockCrcs, ChunkOp, Outcome, Reply, ReplyData, RequestOp};
+use crate::volume::Volume;
+use crate::volume::map::{BLOCK_BYTES, Cursor, EXTENT_BYTES_MAX, Extent};
+use bytes::Bytes;
+use raftlog::CopysetId;
+use smallvec::SmallVec;
+use std::sync::Arc;
+
+/// Requests of one I/O in flight at a time. A zero range of 4 GiB has hundreds, an I/O of 32 MiB 128.
+pub const PARTS_IN_FLIGHT_MAX: usize = 32;
+const BACKOFF_MS: u64 = 10;
+const BACKOFF_MS_MAX: u64 = 640;
+
+static ZEROS: [u8; EXTENT_BYTES_MAX as usize] = [0; EXTENT_BYTES_MAX as usize];
+
+/// Data of a finished read, in order; total length = the length asked.
+pub type Pieces = SmallVec<[Bytes; 4]>;
+
+/// Data of a write with its checksums.
+#[derive(Clone, Debug)]
+pub struct Payload {
+    /// Whole blocks, 4 KiB aligned memory.
+    pub data: Bytes,
+    /// CRC32C of each block.
+    pub crcs: BlockCrcs,
+}
+
+impl Payload {
+    /// Cut off the first `len` bytes (whole blocks).
+    fn split_to(&mut self, len: usize) -> Self {
+        let rest = self.crcs.split_off_blocks(len / BLOCK_BYTES as usize);
+        Self { data: self.data.split_to(len), crcs: std::mem::replace(&mut self.crcs, rest) }
+    }
+}
+
+trait SplitOffBlocks {
+    fn split_off_blocks(&mut self, at: usize) -> Self;
+}
+impl SplitOffBlocks for BlockCrcs {
+    /// `Vec::split_off`, which `SmallVec` lacks.
+    fn split_off_blocks(&mut self, at: usize) -> Self {
+        let rest = Self::from_slice(&self[at..]);
+        self.truncate(at);
+        rest
+    }
+}
+
+/// What to do.
+#[derive(Clone, Debug)]
+pub enum IoKind {
+    /// Read.
+    Read,
+    /// Write. No buffer may straddle a border between two extents that another buffer ends in: either one buffer for
+    /// all, or one per extent of `Geometry::extents` (then a small write-back does not pin a large buffer).
+    Write(SmallVec<[Payload; 1]>),
+    /// Make it read as zeros.
+    Zero,
+}
+
+impl IoKind {
+    /// A write from one buffer.
+    #[must_use]
+    pub fn write(data: Bytes, crcs: BlockCrcs) -> Self {
+        Self::Write(SmallVec::from_iter([Payload { data, crcs }]))
+    }
+}
+
+/// Why an I/O failed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum VolumeError {
+    /// Offset or length is no multiple of the block size, or the length is 0, or payload and length differ.
+    #[error("offset or length is not a whole number of blocks")]
+    Unaligned,
+    /// Reaches beyond the end.
+    #[error("beyond the end of the volume")]
+    BeyondEnd,
+    /// The volume was deleted.
+    #[error("the volume was deleted")]
+    Deleted,
+    /// No free slot for a new chunk.
+    #[error("no space left in the chunk pool")]
+    NoSpace,
+    /// The server is stopping.
+    #[error("the server is stopping")]
+    Stopping,
+    /// A chunk answered this.
+    #[error("a chunk answered {0:?}")]
+    Chunk(Outcome),
+    /// Asked again until the deadline; the last answer.
+    #[error("not done before the deadline: {0:?}")]
+    TimedOut(Outcome),
+    /// A read was answered with the wrong number of bytes.
+    #[error("a chunk answered with the wrong number of bytes")]
+    WrongLength,
+}
+
+/// A request to send.
+#[derive(Clone, Debug)]
+pub struct Part {
+    /// To whom.
+    pub copyset: CopysetId,
+    /// What.
+    pub op: RequestOp,
+    /// To be given to [`VolumeIo::reply`].
+    pub part: u32,
+}
+
+/// What a reply changed.
+#[derive(Debug)]
+pub enum Progress {
+    /// Ask [`VolumeIo::next_part`] for more; others may still be in flight.
+    More,
+    /// As `More`, and a request waits: call [`VolumeIo::next_part`] again then too.
+    Retry {
+        /// From now.
+        after_ms: u64,
+    },
+    /// Finished.
+    Done(Result<Pieces, VolumeError>),
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum State {
+    Free,
+    Asked,
+    Waiting(Instant),
+}
+
+#[derive(Debug)]
+struct Slot {
+    state: State,
+    extent: Extent,
+    /// Place of the answer among the pieces of a read.
+    piece: usize,
+    /// Kept for asking again.
+    payload: Option<Payload>,
+    attempts: u32,
+}
+
+#[derive(Debug)]
+enum Work {
+    /// Answers in order of the extents.
+    Read(SmallVec<[SmallVec<[Bytes; 2]>; 1]>),
+    /// What is not asked yet, last first.
+    Write(SmallVec<[Payload; 1]>),
+    Zero,
+}
+
+/// One I/O in progress.
+#[derive(Debug)]
+pub struct VolumeIo {
+    volume: Arc<Volume>,
+    work: Work,
+    cursor: Cursor,
+    deadline: Instant,
+    slots: SmallVec<[Slot; 1]>,
+    asked: usize,
+    waiting: usize,
+    failed: Option<VolumeError>,
+    done: bool,
+}
+
+impl VolumeIo {
+    /// Check it against the volume and make it ready to start. After `deadline` nothing is asked again.
+    ///
+    /// # Errors
+    /// [`VolumeError`] when it cannot be started.
+    pub fn new(
+        volume: &Arc<Volume>,
+        kind: IoKind,
+        offset: u64,
+        len: u64,
+        deadline: Instant,
+    ) -> Result<Self, VolumeError> {
+        check(volume, &kind, offset, len)?;
+        let (work, cursor) = match kind {
+            IoKind::Read => (Work::Read(SmallVec::new()), Cursor::data(offset, len)),
+            IoKind::Write(mut payload) => {
+                payload.reverse();
+                (Work::Write(payload), Cursor::data(offset, len))
+            }
+            IoKind::Zero => (Work::Zero, Cursor::chunks(offset, len)),
+        };
+        Ok(Self {
+            volume: Arc::clone(volume),
+            work,
+            cursor,
+            deadline,
+            slots: SmallVec::new(),
+            asked: 0,
+            waiting: 0,
+            failed: None,
+            done: false,
+        })
+    }
+
+    /// The next request to send now, if any. Each must be answered with [`Self::reply`] once.
+    pub fn next_part(&mut self, now: Instant) -> Option<Part> {
+        if self.done || self.failed.is_some() {
+            return None;
+        }
+        let at = match self.due(now) {
+            Some(at) => {
+                self.waiting -= 1;
+                at
+            }
+            None => self.start_next()?,
+        };
+        let (copyset, op) = (self.slots[at].extent.copyset, self.request(at));
+        self.slots[at].state = State::Asked;
+        self.asked += 1;
+        Some(Part { copyset, op, part: at as u32 })
+    }
+
+    /// When to call [`Self::next_part`] although no reply came.
+    #[must_use]
+    pub fn wake_at(&self) -> Option<Instant> {
+        if self.waiting == 0 || self.failed.is_some() {
+            return None;
+        }
+        let waits = |slot: &Slot| if let State::Waiting(until) = slot.state { Some(until) } else { None };
+        self.slots.iter().filter_map(waits).min()
+    }
+
+    /// Take the answer to `part`.
+    ///
+    /// # Panics
+    /// When `part` is not in flight.
+    pub fn reply(&mut self, part: u32, reply: Reply, now: Instant) -> Progress {
+        let at = part as usize;
+        assert!(self.slots.get(at).is_some_and(|s| s.state == State::Asked), "a reply to a part not in flight");
+        self.asked -= 1;
+        let after_ms = match self.judge(at, reply) {
+            Verdict::Done => self.free(at),
+            Verdict::Again(outcome) => self.again(at, outcome, now),
+            Verdict::Fail(error) => {
+                self.failed.get_or_insert(error);
+                self.free(at)
+            }
+        };
+        self.progress(after_ms)
+    }
+
+    /// A slot whose time to ask again has come.
+    fn due(&self, now: Instant) -> Option<usize> {
+        if self.waiting == 0 {
+            return None;
+        }
+        self.slots.iter().position(|s| matches!(s.state, State::Waiting(until) if until <= now))
+    }
+
+    /// Put the next extent into a slot.
+    fn start_next(&mut self) -> Option<usize> {
+        let free = self.slots.iter().position(|s| s.state == State::Free);
+        if free.is_none() && self.slots.len() >= PARTS_IN_FLIGHT_MAX {
+            return None;
+        }
+        let extent = self.cursor.next(self.volume.geometry())?;
+        let (mut piece, mut payload) = (0, None);
+        match &mut self.work {
+            Work::Read(pieces) => {
+                piece = pieces.len();
+                pieces.push(SmallVec::new());
+            }
+            Work::Write(payloads) => payload = Some(take_payload(payloads, extent.len as usize)),
+            Work::Zero => {}
+        }
+        let slot = Slot { state: State::Free, extent, piece, payload, attempts: 0 };
+        let at = free.unwrap_or(self.slots.len());
+        if at < self.slots.len() {
+            self.slots[at] = slot;
+        } else {
+            self.slots.push(slot);
+        }
+        Some(at)
+    }
+
+    fn request(&self, at: usize) -> RequestOp {
+        let Slot { extent: Extent { offset, len, chunk, .. }, payload, .. } = &self.slots[at];
+        let (offset, len) = (*offset, *len);
+        let op = match (&self.work, payload) {
+            (Work::Write(_), Some(Payload { data, crcs })) => {
+                ChunkOp::Write { sn: self.volume.sn(), offset, payload: data.clone(), crcs: crcs.clone() }
+            }
+            (Work::Zero, _) => ChunkOp::Zero { offset, len },
+            _ => ChunkOp::Read { offset, len },
+        };
+        RequestOp::Chunk { chunk: *chunk, op }
+    }
+
+    fn judge(&mut self, at: usize, reply: Reply) -> Verdict {
+        let Slot { piece, extent, .. } = &self.slots[at];
+        match (&mut self.work, reply.outcome) {
+            (Work::Read(pieces), Outcome::Success) => match whole_data(reply.data, extent.len) {
+                Some(data) => pieces[*piece] = data,
+                None => return Verdict::Fail(VolumeError::WrongLength),
+            },
+            (Work::Read(pieces), Outcome::NoChunk) => pieces[*piece] = SmallVec::from_iter([zeros(extent.len)]),
+            (Work::Write(_), Outcome::Success) | (Work::Zero, Outcome::Success | Outcome::NoChunk) => {}
+            (_, Outcome::NoSpace) => return Verdict::Fail(VolumeError::NoSpace),
+            (_, Outcome::Stopping) => return Verdict::Fail(VolumeError::Stopping),
+            // None of these was done, and the reason passes.
+            (_, again @ (Outcome::NotLeader | Outcome::Overload | Outcome::Failed)) => return Verdict::Again(again),
+            (_, outcome) => return Verdict::Fail(VolumeError::Chunk(outcome)),
+        }
+        Verdict::Done
+    }
+
+    fn free(&mut self, at: usize) -> Option<u64> {
+        let slot = &mut self.slots[at];
+        slot.state = State::Free;
+        slot.payload = None;
+        None
+    }
+
+    /// Keep the slot for another attempt, if there is time for one.
+    fn again(&mut self, at: usize, outcome: Outcome, now: Instant) -> Option<u64> {
+        let slot = &mut self.slots[at];
+        let after_ms = (BACKOFF_MS << slot.attempts.min(6)).min(BACKOFF_MS_MAX);
+        let until = now.after_ms(after_ms);
+        if until >= self.deadline || self.volume.is_deleted() {
+            let why = if self.volume.is_deleted() { VolumeError::Deleted } else { VolumeError::TimedOut(outcome) };
+            self.failed.get_or_insert(why);
+            return self.free(at);
+        }
+        slot.attempts += 1;
+        slot.state = State::Waiting(until);
+        self.waiting += 1;
+        Some(after_ms)
+    }
+
+    fn progress(&mut self, after_ms: Option<u64>) -> Progress {
+        let left = || !self.cursor.is_done(self.volume.geometry());
+        if self.failed.is_none() && self.volume.is_deleted() && (self.waiting > 0 || left()) {
+            self.failed = Some(VolumeError::Deleted);
+        }
+        if let Some(error) = self.failed {
+            self.done = self.asked == 0;
+            return if self.done { Progress::Done(Err(error)) } else { Progress::More };
+        }
+        if self.asked == 0 && self.waiting == 0 && self.cursor.is_done(self.volume.geometry()) {
+            self.done = true;
+            return Progress::Done(Ok(self.take_pieces()));
+        }
+        after_ms.map_or(Progress::More, |after_ms| Progress::Retry { after_ms })
+    }
+
+    fn take_pieces(&mut self) -> Pieces {
+        match &mut self.work {
+            Work::Read(pieces) => pieces.drain(..).flatten().collect(),
+            _ => Pieces::new(),
+        }
+    }
+}
+
+enum Verdict {
+    Done,
+    Again(Outcome),
+    Fail(VolumeError),
+}
+
+fn check(volume: &Volume, kind: &IoKind, offset: u64, len: u64) -> Result<(), VolumeError> {
+    let whole = |n: u64| n.is_multiple_of(u64::from(BLOCK_BYTES));
+    if !whole(offset) || !whole(len) || len == 0 {
+        return Err(VolumeError::Unaligned);
+    }
+    if offset.checked_add(len).is_none_or(|end| end > volume.size()) {
+        return Err(VolumeError::BeyondEnd);
+    }
+    if volume.is_deleted() {
+        return Err(VolumeError::Deleted);
+    }
+    if let IoKind::Write(payload) = kind {
+        let bytes: u64 = payload.iter().map(|p| p.data.len() as u64).sum();
+        let fits = |p: &Payload| p.data.len() == p.crcs.len() * BLOCK_BYTES as usize;
+        if bytes != len || !payload.iter().all(fits) {
+            return Err(VolumeError::Unaligned);
+        }
+    }
+    Ok(())
+}
+
+/// The next `len` bytes of what is left to write.
+fn take_payload(left: &mut SmallVec<[Payload; 1]>, len: usize) -> Payload {
+    let exact = left.last().map(|p| p.data.len() == len);
+    assert!(left.last().is_some_and(|p| p.data.len() >= len), "a payload buffer ends inside an extent");
+    match (exact, left.last_mut()) {
+        (Some(false), Some(longer)) => longer.split_to(len),
+        _ => left.pop().unwrap_or_else(|| Payload { data: Bytes::new(), crcs: BlockCrcs::new() }),
+    }
+}
+
+fn whole_data(data: ReplyData, len: u32) -> Option<SmallVec<[Bytes; 2]>> {
+    let ReplyData::Data(data) = data else { return None };
+    let bytes: usize = data.iter().map(Bytes::len).sum();
+    (bytes == len as usize).then_some(data)
+}
+
+fn zeros(len: u32) -> Bytes {
+    Bytes::from_static(ZEROS.get(..len as usize).unwrap_or(&ZEROS))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::io::buffer::Arena;
+    use crate::volume::fake::{FakeShard, pooled, reply, volume};
+    use crate::volume::map::Shape;
+    use proptest::prelude::*;
+
+    const K: u64 = 1024;
+    const FAR: Instant = Instant(3_600_000_000_000);
+
+    fn shape(size: u64, chunk_size: u32, stripe_unit: u32, stripe_count: u32) -> Shape {
+        Shape { size, chunk_size, stripe_unit, stripe_count }
+    }
+    fn crcs(data: &[u8]) -> BlockCrcs {
+        data.chunks(4096).map(raftlog::crc32c).collect()
+    }
+    fn joined(pieces: &Pieces) -> Vec<u8> {
+        pieces.concat()
+    }
+    fn read(volume: &Arc<Volume>, offset: u64, len: u64) -> VolumeIo {
+        VolumeIo::new(volume, IoKind::Read, offset, len, FAR).unwrap()
+    }
+
+    /// Pseudo-random numbers for orders and refusals.
+    struct Dice(u64);
+    impl Dice {
+        fn below(&mut self, n: usize) -> usize {
+            self.0 = self.0.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
+            (self.0 >> 33) as usize % n
+        }
+    }
+
+    /// Serve an I/O with replies in any order and passing refusals, honouring the back-off.
+    fn drive(shard: &mut FakeShard, mut io: VolumeIo, dice: &mut Dice) -> Result<Pieces, VolumeError> {
+        let (mut now, mut flying, mut refusals) = (Instant(1), Vec::new(), 0);
+        loop {
+            while let Some(part) = io.next_part(now) {
+                flying.push(part);
+            }
+            assert!(flying.len() <= PARTS_IN_FLIGHT_MAX);
+            if flying.is_empty() {
+                let wake = io.wake_at().expect("an unfinished I/O waits for something");
+                assert!(wake > now);
+                now = wake;
+                continue;
+            }
+            let Part { copyset, op, part } = flying.swap_remove(dice.below(flying.len()));
+            let refuse = refusals < 40 && dice.below(4) == 0;
+            let answer = if refuse {
+                refusals += 1;
+                let why = [Outcome::NotLeader, Outcome::Overload, Outcome::Failed][dice.below(3)];
+                reply(why, ReplyData::None)
+            } else {
+                shard.serve(copyset, op)
+            };
+            match io.reply(part, answer, now) {
+                Progress::Done(result) => {
+                    assert!(flying.is_empty() && io.next_part(FAR).is_none() && io.wake_at().is_none());
+                    return result;
+                }
+                Progress::Retry { after_ms } => assert!(refuse && after_ms > 0),
+                Progress::More => {}
+            }
+        }
+    }
+
+    #[test]
+    fn a_large_write_goes_in_parts_without_a_copy() {
+        let v = volume("v", shape(64 << 20, 16 << 20, 0, 0));
+        let arena = Arena::new(4 << 20).unwrap();
+        let data = pooled(&arena, &vec![7; 1 << 20]).freeze();
+        let base = data.as_ptr() as usize;
+        let kind = IoKind::write(data.clone(), crcs(&data));
+        let mut io = VolumeIo::new(&v, kind, (16 << 20) - 4096, 1 << 20, FAR).unwrap();
+        let mut at = 0;
+        for want in [4096, 256 << 10, 256 << 10, 256 << 10, (256 << 10) - 4096] {
+            let part = io.next_part(Instant(0)).unwrap();
+            let RequestOp::Chunk { op: ChunkOp::Write { payload, crcs, sn: 1, .. }, .. } = part.op else { panic!() };
+            assert_eq!((payload.as_ptr() as usize, payload.len()), (base + at, want));
+            assert_eq!(crcs.len(), want / 4096);
+            at += want;
+        }
+        assert!(io.next_part(Instant(0)).is_none());
+    }
+
+    #[test]
+    fn zeroing_4_gib_needs_one_request_per_chunk_and_a_bounded_window() {
+        for stripes in [(0, 0), (4096, 16)] {
+            let v = volume("v", shape(8 << 30, 16 << 20, stripes.0, stripes.1));
+            let len = (4 << 30) - 4096;
+            let mut shard = FakeShard::default();
+            let io = VolumeIo::new(&v, IoKind::Zero, 8192, len, FAR).unwrap();
+            drive(&mut shard, io, &mut Dice(1)).unwrap();
+            let chunks = if stripes.0 == 0 { 257 } else { 272 };
+            assert!(shard.requests <= chunks, "{} requests", shard.requests);
+        }
+    }
+
+    #[test]
+    fn absent_chunks_read_as_shared_zeros() {
+        let v = volume("v", shape(4 << 20, 1 << 20, 0, 0));
+        let pieces = drive(&mut FakeShard::default(), read(&v, 4096, 3 << 20), &mut Dice(3)).unwrap();
+        assert_eq!(joined(&pieces), vec![0; 3 << 20]);
+        assert!(pieces.iter().all(|p| p.as_ptr() == ZEROS.as_ptr()));
+    }
+
+    #[test]
+    fn a_failure_is_reported_when_nothing_is_in_flight() {
+        let v = volume("v", shape(4 << 20, 1 << 20, 0, 0));
+        let mut io = read(&v, 0, 1 << 20);
+        let parts: Vec<_> = std::iter::from_fn(|| io.next_part(Instant(0))).map(|p| p.part).collect();
+        assert_eq!(parts, [0, 1, 2, 3]);
+        let no = |o| reply(o, ReplyData::None);
+        assert!(matches!(io.reply(1, no(Outcome::NotLeader), Instant(0)), Progress::Retry { after_ms: 10 }));
+        assert!(matches!(io.reply(2, no(Outcome::CrcFail), Instant(0)), Progress::More));
+        assert!(io.next_part(FAR).is_none() && io.wake_at().is_none(), "a failed I/O asks nothing more");
+        assert!(matches!(io.reply(0, no(Outcome::NoSpace), Instant(0)), Progress::More));
+        let Progress::Done(Err(error)) = io.reply(3, no(Outcome::NoChunk), Instant(0)) else { panic!("not done") };
+        assert_eq!(error, VolumeError::Chunk(Outcome::CrcFail), "the first failure counts");
+    }
+
+    #[test]
+    fn errors_and_lengths() {
+        let v = volume("v", shape(4 << 20, 1 << 20, 0, 0));
+        let one = |answer: Reply| {
+            let mut io = read(&v, 0, 4096);
+            let part = io.next_part(Instant(0)).unwrap().part;
+            match io.reply(part, answer, Instant(0)) {
+                Progress::Done(result) => result.map(|p| joined(&p)),
+                other => panic!("{other:?}"),
+            }
+        };
+        let no = |o| reply(o, ReplyData::None);
+        assert_eq!(one(no(Outcome::NoSpace)), Err(VolumeError::NoSpace));
+        assert_eq!(one(no(Outcome::Stopping)), Err(VolumeError::Stopping));
+        assert_eq!(one(no(Outcome::DiskFail)), Err(VolumeError::Chunk(Outcome::DiskFail)));
+        assert_eq!(one(no(Outcome::Success)), Err(VolumeError::WrongLength));
+        let short = ReplyData::Data([Bytes::from_static(&[1; 100])].into_iter().collect());
+        assert_eq!(one(reply(Outcome::Success, short)), Err(VolumeError::WrongLength));
+        let new = |kind, offset, len| VolumeIo::new(&v, kind, offset, len, FAR).err();
+        assert_eq!(new(IoKind::Read, 1, 4096), Some(VolumeError::Unaligned));
+        assert_eq!(new(IoKind::Read, 0, 0), Some(VolumeError::Unaligned));
+        assert_eq!(new(IoKind::Zero, 4 << 20, 4096), Some(VolumeError::BeyondEnd));
+        assert_eq!(new(IoKind::Zero, u64::MAX - 4095, 8192), Some(VolumeError::BeyondEnd));
+        assert_eq!(
+            new(IoKind::write(Bytes::from_static(&[0; 4096]), BlockCrcs::new()), 0, 4096),
+            Some(VolumeError::Unaligned)
+        );
+        v.mark_deleted();
+        assert_eq!(new(IoKind::Read, 0, 4096), Some(VolumeError::Deleted));
+    }
+
+    #[test]
+    fn back_off_grows_and_ends_at_the_deadline() {
+        let v = volume("v", shape(4 << 20, 1 << 20, 0, 0));
+        let deadline = Instant(0).after_ms(2000);
+        let mut io = VolumeIo::new(&v, IoKind::Read, 0, 4096, deadline).unwrap();
+        let (mut now, mut waits) = (Instant(0), Vec::new());
+        let error = loop {
+            let part = io.next_part(now).expect("due").part;
+            match io.reply(part, reply(Outcome::Overload, ReplyData::None), now) {
+                Progress::Retry { after_ms } => {
+                    assert!(io.next_part(now).is_none(), "not yet");
+                    waits.push(after_ms);
+                    assert!(waits.len() < 20, "the deadline has passed");
+                    now = io.wake_at().unwrap();
+                }
+                Progress::Done(result) => break result.unwrap_err(),
+                Progress::More => panic!("nothing else is in flight"),
+            }
+        };
+        assert_eq!(waits, [10, 20, 40, 80, 160, 320, 640, 640]);
+        assert_eq!(error, VolumeError::TimedOut(Outcome::Overload));
+    }
+
+    #[test]
+    fn deletion_ends_a_long_io() {
+        let v = volume("v", shape(1 << 30, 1 << 20, 0, 0));
+        let mut io = VolumeIo::new(&v, IoKind::Zero, 0, 1 << 30, FAR).unwrap();
+        let parts: Vec<_> = std::iter::from_fn(|| io.next_part(Instant(0))).map(|p| p.part).collect();
+        assert_eq!(parts.len(), PARTS_IN_FLIGHT_MAX);
+        v.mark_deleted();
+        for part in parts {
+            match io.reply(part, reply(Outcome::Success, ReplyData::None), Instant(0)) {
+                Progress::Done(result) => assert_eq!(result.err(), Some(VolumeError::Deleted)),
+                _ => assert!(io.next_part(Instant(0)).is_none()),
+            }
+        }
+        assert!(io.done);
+    }
+
+    #[derive(Clone, Debug)]
+    enum Step {
+        Write(u64, u64, u8, bool),
+        Read(u64, u64),
+        Zero(u64, u64),
+    }
+    fn steps() -> impl Strategy<Value = Vec<Step>> {
+        let at = 0u64..256;
+        let len = 1u64..160;
+        prop::collection::vec(
+            prop_oneof![
+                (at.clone(), len.clone(), any::<u8>(), any::<bool>()).prop_map(|(a, l, s, b)| Step::Write(a, l, s, b)),
+                (at.clone(), len.clone()).prop_map(|(a, l)| Step::Read(a, l)),
+                (at, len).prop_map(|(a, l)| Step::Zero(a, l)),
+            ],
+            1..30,
+        )
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(48))]
+        #[test]
+        fn a_volume_is_a_flat_array_of_bytes(kind in 0usize..4, steps in steps(), seed in any::<u64>()) {
+            let (chunk_size, unit, count) =
+                [(64 << 10, 0, 0), (512 << 10, 0, 0), (16 << 10, 4096, 4), (64 << 10, 16 << 10, 2)][kind];
+            let size = 1024 * K;
+            let v = volume("v", shape(size, chunk_size, unit, count));
+            let arena = Arena::new(16 << 20).unwrap();
+            let (mut shard, mut dice, mut model) = (FakeShard::default(), Dice(seed), vec![0u8; size as usize]);
+            for step in steps {
+                let clip = |at: u64, len: u64| (at * 4096, (len * 4096).min(size - at * 4096));
+                match step {
+                    Step::Write(at, len, stamp, by_extent) => {
+                        let (at, len) = clip(at, len);
+                        let data: Vec<u8> = (0..len).map(|i| stamp ^ (i / 512) as u8).collect();
+                        model[at as usize..(at + len) as usize].copy_from_slice(&data);
+                        let one = |d: &[u8]| Payload { data: pooled(&arena, d).freeze(), crcs: crcs(d) };
+                        let payload = if by_extent {
+                            let range = |e: Extent| e.at as usize..e.at as usize + e.len as usize;
+                            v.geometry().extents(at, len).map(|e| one(&data[range(e)])).collect()
+                        } else {
+                            SmallVec::from_iter([one(&data)])
+                        };
+                        let io = VolumeIo::new(&v, IoKind::Write(payload), at, len, FAR).unwrap();
+                        prop_assert!(drive(&mut shard, io, &mut dice).unwrap().is_empty());
+                    }
+                    Step::Read(at, len) => {
+                        let (at, len) = clip(at, len);
+                        let got = drive(&mut shard, read(&v, at, len), &mut dice).unwrap();
+                        prop_assert!(joined(&got) == model[at as usize..(at + len) as usize]);
+                    }
+                    Step::Zero(at, len) => {
+                        let (at, len) = clip(at, len);
+                        model[at as usize..(at + len) as usize].fill(0);
+                        let io = VolumeIo::new(&v, IoKind::Zero, at, len, FAR).unwrap();
+                        drive(&mut shard, io, &mut dice).unwrap();
+                    }
+                }
+            }
+            let all = drive(&mut shard, read(&v, 0, size), &mut dice).unwrap();
+            prop_assert!(joined(&all) == model);
+            prop_assert!(shard.longest <= EXTENT_BYTES_MAX);
+        }
+    }
+}

@@ -1,0 +1,369 @@
+//! One raft group: proposals and messages in, log appends and effects out.
+//!
+//! Invariants:
+//! * **Nothing leaves before it is durable.** Each raft `Ready` remembers the log batch it needs ([`Held`]); its
+//!   messages and its `on_persist_ready` wait for that batch. raft-rs hands out committed entries only when the own
+//!   log has persisted them, and that is asserted.
+//! * **raft-rs and the log agree whenever `ready` returns**: entries of a `Ready` are appended before it is advanced. [`Copyset::hard_state_for_log`] is the state of the last `Ready`, never a
+//!   newer one: a commit must not reach the log before the entries it speaks of.
+//! * **A term is used once.** A sole voter becomes leader before its own vote is durable; it keeps its messages until
+//!   the batch with that vote is, or a learner could be sent two different entries of one term across a crash.
+
+mod ready;
+mod status;
+
+use crate::conf::ConfState;
+use crate::config::{Config, quiet, raft_config};
+use crate::effect::Effect;
+use crate::history::History;
+use crate::proposals::Proposals;
+use crate::restore::{self, Error, Start};
+use crate::rng::Rng;
+use crate::screen::{self, HEADER_MAX, Receiver, StepError};
+use crate::storage::LogStorage;
+use bytes::{BufMut, Bytes, BytesMut};
+use raft::eraftpb::{self, ConfChangeV2, Message, MessageType};
+use raft::{RaftState, RawNode, StateRole, Storage};
+use raftlog::{BLOCK, Checkpoint, HardState, Log, Seq};
+use std::cell::RefCell;
+use std::collections::VecDeque;
+use std::rc::Rc;
+
+use ready::{MEMBERS_MAX, send};
+pub use status::Role;
+
+/// Why a proposal was not taken.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum ProposeError {
+    /// Another replica leads, or none.
+    #[error("not the leader")]
+    NotLeader {
+        /// Who does, 0 if unknown.
+        leader: u64,
+    },
+    /// Elected, but no entry of the own term is applied yet (or leadership is being handed over): what admission
+    /// would decide on may be stale.
+    #[error("the leader is not ready yet")]
+    NotReady,
+    /// Too much is waiting to be committed.
+    #[error("too many proposals in flight")]
+    Full,
+    /// An entry this long fits into no segment of the log.
+    #[error("the payload is longer than a log entry may be")]
+    TooLarge,
+}
+
+/// A `Ready` whose batch is not durable yet.
+struct Held {
+    seq: Seq,
+    number: u64,
+    messages: Vec<Message>,
+}
+
+/// One replica of one copyset.
+pub struct Copyset {
+    config: Config,
+    log: Rc<RefCell<Log>>,
+    raw: RawNode<LogStorage>,
+    entry_bytes_max: usize,
+    rng: Rng,
+    /// The drawn timeout; raft-rs draws its own behind our back and is put right after every call.
+    election_timeout: usize,
+    /// Term and leadership as last looked at.
+    seen: (u64, bool),
+    proposals: Proposals,
+    history: History,
+    /// As of the last `Ready`.
+    hard_state: HardState,
+    /// The newest one the log was given.
+    logged: HardState,
+    /// Newest batch this copyset needs, and the newest that changed term or vote.
+    last_seq: Seq,
+    vote_seq: Seq,
+    durable: Seq,
+    held: VecDeque<Held>,
+    /// Newest entry handed out for apply, and its term.
+    emitted: (u64, u64),
+    applied: u64,
+    applied_term: u64,
+    /// Effects that arose between two calls of `ready`.
+    outbox: Vec<Effect>,
+    announced: (u64, u64, bool),
+}
+
+impl Copyset {
+    /// The first checkpoint of a copyset; logging it creates the copyset.
+    ///
+    /// With voters it stands at index 1, term 1, as if a first entry had said who they are: a peer that joins later
+    /// with an empty log then never matches a leader's log by accident and is sent a raft snapshot, which carries the
+    /// configuration. Without voters (a passive replica that waits to be added) it stands at 0.
+    #[must_use]
+    pub fn initial_checkpoint(voters: &[u64], incarnation: u64) -> Checkpoint {
+        let conf = ConfState::of(voters);
+        let at = u64::from(!conf.voters.is_empty());
+        Checkpoint {
+            applied_index: at,
+            applied_term: at,
+            hard_state: HardState { term: at, vote: 0, commit: at },
+            conf: conf.encode(),
+            incarnation,
+        }
+    }
+
+    /// Starts from what the log says; a first start and a restart are the same. A sole voter campaigns at once.
+    pub fn new(config: Config, log: Rc<RefCell<Log>>) -> Result<Self, Error> {
+        if config.peer == 0 {
+            return Err(Error::Nobody);
+        }
+        let (start, logged, durable, entry_bytes_max) = {
+            let log = log.borrow();
+            let start = restore::load(&log, config.id)?;
+            let logged = log.index(config.id).map(raftlog::Index::hard_state).unwrap_or_default();
+            (start, logged, log.durable_seq(), log.max_entry_bytes())
+        };
+        let Start { conf, applied, applied_term, hard_state } = start;
+        let mut state = eraftpb::HardState::default();
+        (state.term, state.vote, state.commit) = (hard_state.term, hard_state.vote, hard_state.commit);
+        let storage = LogStorage::new(Rc::clone(&log), config.id, RaftState::new(state, conf.to_raft()));
+        let raw = RawNode::new(&raft_config(&config, applied), storage, &quiet())?;
+        let mut this = Self {
+            rng: Rng::new(config.seed, [config.id.0, config.peer]),
+            election_timeout: 0,
+            seen: (hard_state.term, false),
+            proposals: Proposals::default(),
+            history: History::new(applied, conf),
+            hard_state,
+            logged,
+            last_seq: durable,
+            vote_seq: durable,
+            durable,
+            held: VecDeque::new(),
+            emitted: (applied, applied_term),
+            applied,
+            applied_term,
+            outbox: Vec::new(),
+            announced: (0, hard_state.term, false),
+            entry_bytes_max,
+            config,
+            log,
+            raw,
+        };
+        this.draw_timeout();
+        this.campaign_alone();
+        Ok(this)
+    }
+
+    /// Queues an operation. Its context becomes `crcs` (u32 little-endian) ++ `header`; the payload is not copied.
+    /// Everything queued in a turn is proposed at once by the next [`Self::ready`].
+    ///
+    /// # Panics
+    /// If `header` is empty (such entries are raft's own) or longer than [`crate::HEADER_MAX`], or `crcs` are not one
+    /// for each block of `payload`.
+    pub fn propose(&mut self, cookie: u64, header: &[u8], crcs: &[u32], payload: Bytes) -> Result<(), ProposeError> {
+        assert!((1..=HEADER_MAX).contains(&header.len()), "a header of {} bytes", header.len());
+        assert_eq!(crcs.len() * BLOCK, payload.len(), "one CRC per payload block");
+        self.may_propose()?;
+        if payload.len() > self.entry_bytes_max {
+            return Err(ProposeError::TooLarge);
+        }
+        let full = self.proposals.bytes() + payload.len() > self.config.max_waiting_bytes;
+        if self.proposals.count() >= self.config.max_waiting || (full && self.proposals.count() > 0) {
+            return Err(ProposeError::Full);
+        }
+        let mut context = BytesMut::with_capacity(crcs.len() * 4 + header.len());
+        crcs.iter().for_each(|&crc| context.put_u32_le(crc));
+        context.extend_from_slice(header);
+        let mut entry = eraftpb::Entry::default();
+        (entry.data, entry.context) = (payload, context.freeze());
+        self.proposals.push(cookie, entry);
+        Ok(())
+    }
+
+    /// Proposes a membership change; one at a time. What came of it shows in [`Self::conf`] once applied.
+    pub fn propose_change(&mut self, change: &ConfChangeV2) -> Result<(), ProposeError> {
+        self.may_propose()?;
+        if self.raw.raft.has_pending_conf() {
+            return Err(ProposeError::Full);
+        }
+        if self.members_with(change) > MEMBERS_MAX {
+            return Err(ProposeError::TooLarge);
+        }
+        let outcome = self.raw.propose_conf_change(Vec::new(), change.clone());
+        outcome.map_err(|_| ProposeError::NotReady)
+    }
+
+    /// True if this replica leads and has applied an entry of its own term: it may propose, and knows the newest
+    /// committed state. Whether it may also answer reads is [`Self::may_read`].
+    #[must_use]
+    pub fn is_leader_ready(&self) -> bool {
+        let raft = &self.raw.raft;
+        raft.state == StateRole::Leader && self.applied_term == raft.term && raft.lead_transferee.is_none()
+    }
+
+    /// True if reads may be answered from the applied state. A sole voter needs nobody's word for that; several
+    /// voters need a lease, which plugs in here.
+    #[must_use]
+    pub fn may_read(&self) -> bool {
+        self.is_leader_ready() && self.conf().sole_voter(self.config.peer)
+    }
+
+    /// One tick has passed. Missed ticks are not made up for.
+    pub fn tick(&mut self) {
+        if self.conf().sole_voter(self.config.peer) && self.role() != Role::Leader {
+            // Not raft's own timer: it would campaign with entries that are not durable yet.
+            self.campaign_alone();
+        } else {
+            self.raw.tick();
+            self.look();
+        }
+    }
+
+    /// Takes a peer's message.
+    pub fn step(&mut self, message: Message) -> Result<(), StepError> {
+        let receiver = Receiver {
+            me: self.config.peer,
+            role: self.raw.raft.state,
+            last: self.last_index(),
+            durable: self.durable_index(),
+            payload_max: self.entry_bytes_max,
+        };
+        screen::check(&message, &receiver)?;
+        let alone = self.conf().sole_voter(self.config.peer);
+        if alone && message.get_msg_type() == MessageType::MsgTimeoutNow {
+            return Ok(()); // it campaigns by itself
+        }
+        let outcome = self.raw.step(message).map_err(|e| StepError::Raft(e.to_string()));
+        self.look();
+        outcome
+    }
+
+    /// True if [`Self::ready`] has anything to do.
+    #[must_use]
+    pub fn dirty(&self) -> bool {
+        self.proposals.has_queued()
+            || !self.outbox.is_empty()
+            || self.announced != self.standing()
+            || self.raw.has_ready()
+    }
+
+    /// Drains raft: new entries go to the log, effects to `out`. Called at the end of a turn.
+    pub fn ready(&mut self, out: &mut Vec<Effect>) {
+        self.propose_queued();
+        while self.raw.has_ready() {
+            self.one_ready(out);
+        }
+        out.append(&mut self.outbox);
+        let standing = self.standing();
+        if self.announced != standing {
+            self.announced = standing;
+            let (leader, term, ready) = standing;
+            out.push(Effect::LeaderChanged { leader, term, ready });
+        }
+    }
+
+    /// The log is durable up to batch `durable`.
+    pub fn persisted(&mut self, durable: Seq) {
+        self.durable = self.durable.max(durable);
+        let mut number = None;
+        while let Some(held) = self.held.pop_front_if(|held| held.seq <= durable) {
+            number = Some(held.number);
+            self.outbox.extend(held.messages.into_iter().map(send));
+        }
+        if let Some(number) = number {
+            // The messages leave at the next `ready`, hence after this.
+            self.raw.on_persist_ready(number);
+            self.look();
+            self.campaign_alone();
+        }
+    }
+
+    /// The shard has applied everything up to `index`.
+    ///
+    /// # Panics
+    /// If that was never handed out.
+    pub fn applied(&mut self, index: u64) {
+        assert!(index <= self.emitted.0, "entry {index} was not handed out for apply");
+        if index <= self.applied {
+            return;
+        }
+        self.applied = index;
+        self.applied_term = self.term_at(index);
+        self.raw.advance_apply_to(index);
+        self.history.forget_below(self.raw.store().checkpoint_index());
+        self.look();
+        self.campaign_alone();
+    }
+
+    /// What to restart from once everything up to `index` is durable outside the log. `index` lies between the
+    /// log's newest checkpoint and [`Self::applied_index`].
+    #[must_use]
+    pub fn checkpoint_at(&self, index: u64) -> Checkpoint {
+        assert!(index <= self.applied, "a checkpoint at {index} above the applied {}", self.applied);
+        Checkpoint {
+            applied_index: index,
+            applied_term: self.term_at(index),
+            hard_state: self.hard_state,
+            conf: self.history.at(index).encode(),
+            incarnation: self.raw.store().incarnation(),
+        }
+    }
+
+    /// The hard state to log when its commit must become durable. Everything handed out for apply is covered.
+    #[must_use]
+    pub fn hard_state_for_log(&self) -> HardState {
+        self.hard_state
+    }
+
+    /// A replica may propose only what it can decide: see [`ProposeError::NotReady`].
+    fn may_propose(&self) -> Result<(), ProposeError> {
+        match self.role() {
+            Role::Leader if self.is_leader_ready() => Ok(()),
+            Role::Leader => Err(ProposeError::NotReady),
+            _ => Err(ProposeError::NotLeader { leader: self.leader() }),
+        }
+    }
+
+    fn members_with(&self, change: &ConfChangeV2) -> usize {
+        let conf = self.conf();
+        conf.voters.len() + conf.learners.len() + conf.voters_outgoing.len() + change.get_changes().len()
+    }
+
+    fn standing(&self) -> (u64, u64, bool) {
+        (self.leader(), self.term(), self.is_leader_ready())
+    }
+
+    fn term_at(&self, index: u64) -> u64 {
+        let term = self.raw.store().term(index);
+        term.unwrap_or_else(|e| panic!("{:?}: no term of applied entry {index}: {e}", self.config.id))
+    }
+
+    /// A sole voter needs no timer and nobody's vote. raft-rs requires that its whole log is durable.
+    fn campaign_alone(&mut self) {
+        let alone = self.conf().sole_voter(self.config.peer);
+        if alone && self.raw.raft.state != StateRole::Leader && self.durable_index() == self.last_index() {
+            // Refused while a committed membership change waits to be applied; tried again after that.
+            let _ = self.raw.campaign();
+            self.look();
+        }
+    }
+
+    /// After anything that may have changed term or role.
+    fn look(&mut self) {
+        let now = (self.raw.raft.term, self.raw.raft.state == StateRole::Leader);
+        let before = std::mem::replace(&mut self.seen, now);
+        if before != now {
+            if before.1 {
+                self.proposals.drop_all(&mut self.outbox);
+            }
+            self.draw_timeout();
+        } else {
+            self.raw.raft.set_randomized_election_timeout(self.election_timeout);
+        }
+    }
+
+    fn draw_timeout(&mut self) {
+        let ticks = self.config.election_ticks;
+        self.election_timeout = self.rng.draw(ticks, ticks);
+        self.raw.raft.set_randomized_election_timeout(self.election_timeout);
+    }
+}
