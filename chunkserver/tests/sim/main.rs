@@ -10,6 +10,7 @@ mod disk;
 mod history;
 mod nemesis;
 mod net;
+mod node;
 mod rng;
 mod run;
 mod scenario;
