@@ -5,6 +5,7 @@
 pub mod io;
 
 pub mod chunk;
+pub mod config;
 pub mod control;
 pub mod limits;
 pub mod mailbox;
@@ -12,6 +13,7 @@ pub mod metrics;
 pub mod nbd;
 pub mod reactor;
 pub mod rpc;
+pub mod serve;
 pub mod service;
 pub mod shard;
 pub mod volume;

@@ -280,6 +280,10 @@ impl ShardMetrics {
     pub fn sub(&self, counter: Counter, by: u64) {
         bump(&self.counters[counter as usize], by.wrapping_neg());
     }
+    /// Take over a count that is kept elsewhere.
+    pub fn set(&self, counter: Counter, value: u64) {
+        self.counters[counter as usize].store(value, Ordering::Relaxed);
+    }
     /// Current value.
     #[must_use]
     pub fn value(&self, counter: Counter) -> u64 {

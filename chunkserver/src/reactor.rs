@@ -214,6 +214,7 @@ impl<I: Io> Reactor<I> {
             if self.starved {
                 self.starved = false;
                 self.shard.want_memory();
+                self.wake_all();
             }
             self.requested = false;
             self.shard.end_turn(self.io.now(), &mut self.effects);

@@ -9,7 +9,7 @@ use crate::io::buffer::Arena;
 use crate::io::uring::{self, Doorbells, RingCounters, Setup as RingSetup, Uring};
 use crate::io::{Io, ListenerId};
 use crate::mailbox::{Mailbox, mesh};
-use crate::metrics::process;
+use crate::metrics::ProcessStats;
 use crate::reactor::{Protocol, Reactor, Setup};
 use crate::service::{Info, Shared};
 use crate::shard::{self, Arenas, Shard};
@@ -237,7 +237,8 @@ fn shard_thread(seed: Seed, layout: &crate::chunk::Layout, shared: &Arc<Shared>)
     let counters: Arc<RingCounters> = io.counters();
     let metrics = shared.registry().shard(usize::from(seed.number)).ok_or("no metrics for this shard")?;
     let now = io.now();
-    let shard = Shard::new(seed.shard, layout.clone(), seed.arenas, seed.extents, Arc::clone(metrics), now);
+    let shard = Shard::new(seed.shard, layout.clone(), seed.arenas, seed.extents, Arc::clone(metrics), now)
+        .map_err(|e| e.to_string())?;
     let mut reactor = Reactor::new(io, seed.number, shard, seed.setup);
     while !reactor.finished() {
         reactor.turn();
@@ -317,7 +318,7 @@ fn info(config: &Config, peer: PeerId, chunk_size: u32) -> Info {
         max_inflight: config.max_inflight_requests as usize,
         version: env!("CARGO_PKG_VERSION").into(),
         config: shown.into_iter().map(|(k, v)| (k, v.to_string().trim_matches('"').to_owned())).collect(),
-        process: process::read,
+        process: ProcessStats::read,
     }
 }
 

@@ -34,6 +34,10 @@ impl Proposals {
         self.queued.len() + self.waiting.len()
     }
 
+    pub(crate) fn cookies(&self) -> impl Iterator<Item = u64> + '_ {
+        self.waiting.iter().map(|w| w.cookie).chain(self.cookies.iter().copied())
+    }
+
     pub(crate) fn bytes(&self) -> usize {
         self.bytes
     }

@@ -15,7 +15,7 @@ use super::apply::Grave;
 use super::layout::Layout;
 use super::meta::ChunkMeta;
 use super::overlay::{Overlay, Pins};
-use super::pool::Slots;
+use super::pool::{ExtentPool, Slots};
 use super::read::{self, PlanKey, ReadPlan, Verified};
 use super::writeback::Round;
 use crate::shard::request::{ChunkOp, Outcome};
@@ -23,6 +23,7 @@ use raftlog::{BLOCK, CopysetId};
 use rustc_hash::FxHashMap;
 use smallvec::SmallVec;
 use std::collections::BTreeSet;
+use std::sync::Arc;
 
 /// A chunk and where it is.
 #[derive(Debug)]
@@ -126,6 +127,12 @@ impl Store {
             round: None,
             counters: Counters::default(),
         }
+    }
+
+    /// The store of a freshly formatted disk, without reading it.
+    #[must_use]
+    pub fn blank(layout: &Layout, shard: u16, pool: Arc<ExtentPool>) -> Self {
+        Self::empty(layout.clone(), StoreConfig::default(), Slots::new(pool, shard))
     }
 
     /// Make a copyset known. Every copyset of the shard must be before anything is applied to it: at start (chunks

@@ -14,7 +14,8 @@ use std::path::{Path, PathBuf};
 use std::rc::Rc;
 use std::sync::Arc;
 use std::time::{SystemTime, UNIX_EPOCH};
-use tokio_uring::net::{UnixListener, UnixStream};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::{UnixListener, UnixStream};
 
 /// Chunk deletions in flight when a volume is deleted.
 const DELETES_AT_ONCE: usize = 64;
@@ -22,7 +23,7 @@ const DELETES_AT_ONCE: usize = 64;
 const DELETE_ATTEMPTS: u32 = 100;
 
 /// Changes the log filter of the process.
-pub type SetLog = Box<dyn Fn(&str) -> Result<(), String>>;
+pub type SetLog = Box<dyn Fn(&str) -> Result<(), String> + Send>;
 
 /// What the control thread needs.
 pub struct Setup {
@@ -77,7 +78,7 @@ pub fn run(setup: Setup) -> std::io::Result<()> {
         tokio_uring::spawn(async move { resume.finish_deletions().await });
         loop {
             match listener.accept().await {
-                Ok(stream) => {
+                Ok((stream, _)) => {
                     let server = Rc::clone(&server);
                     tokio_uring::spawn(async move {
                         if let Err(error) = server.converse(stream).await {
@@ -94,7 +95,8 @@ pub fn run(setup: Setup) -> std::io::Result<()> {
     })
 }
 
-/// A stale socket file of a dead server is replaced: the lock on the disk says that no other server lives.
+/// A stale socket file of a dead server is replaced: the lock on the disk says that no other server lives. The socket
+/// is tokio's: tokio-uring sets SO_REUSEPORT on Unix sockets, which kernels from 6.12 on refuse.
 fn bind(path: &Path) -> std::io::Result<UnixListener> {
     match std::fs::remove_file(path) {
         Err(e) if e.kind() != std::io::ErrorKind::NotFound => return Err(e),
@@ -106,13 +108,11 @@ fn bind(path: &Path) -> std::io::Result<UnixListener> {
 }
 
 impl Server {
-    async fn converse(&self, stream: UnixStream) -> std::io::Result<()> {
+    async fn converse(&self, mut stream: UnixStream) -> std::io::Result<()> {
         let mut line = Vec::new();
         let mut buf = vec![0; 4096];
         loop {
-            let (result, back) = stream.read(buf).await;
-            buf = back;
-            let count = result?;
+            let count = stream.read(&mut buf).await?;
             if count == 0 {
                 return Ok(());
             }
@@ -126,7 +126,7 @@ impl Server {
                 line = rest;
                 let mut text = serde_json::to_vec(&answer)?;
                 text.push(b'\n');
-                stream.write_all(text).await.0?;
+                stream.write_all(&text).await?;
             }
             if line.len() > LINE_BYTES_MAX {
                 return Ok(());

@@ -227,6 +227,12 @@ impl Session {
         self.outbox.sent();
     }
 
+    /// Waits for a payload buffer.
+    #[must_use]
+    pub const fn wants_buffer(&self) -> bool {
+        matches!(self.phase, Phase::Admit(_))
+    }
+
     /// Bytes that wait to be sent or are being sent.
     #[must_use]
     pub fn backlog_bytes(&self) -> usize {

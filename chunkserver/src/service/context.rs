@@ -49,6 +49,7 @@ pub struct Shared {
     registry: Registry,
     fences: Fences,
     draining: AtomicBool,
+    quiet: AtomicUsize,
     loaded: AtomicBool,
     slots_unclaimed: AtomicU64,
     inflight: Box<[Slot]>,
@@ -64,6 +65,7 @@ impl Shared {
             registry: Registry::new(shards),
             fences: Fences::default(),
             draining: AtomicBool::new(false),
+            quiet: AtomicUsize::new(0),
             loaded: AtomicBool::new(false),
             slots_unclaimed: AtomicU64::new(0),
             inflight: (0..shards).map(|_| Slot::default()).collect(),
@@ -88,6 +90,20 @@ impl Shared {
     /// From now on every call is answered with ELOGOFF and its connection closed.
     pub fn drain(&self) {
         self.draining.store(true, Ordering::Release);
+    }
+    /// The server is stopping.
+    #[must_use]
+    pub fn is_draining(&self) -> bool {
+        self.draining.load(Ordering::Acquire)
+    }
+    /// A draining shard owes no answers any more (or has run out of patience).
+    pub fn shard_quiet(&self) {
+        self.quiet.fetch_add(1, Ordering::AcqRel);
+    }
+    /// All shards are quiet.
+    #[must_use]
+    pub fn all_quiet(&self) -> bool {
+        self.quiet.load(Ordering::Acquire) >= self.inflight.len()
     }
     /// Every local copyset has finished loading: copysets may be created, `copysetLoadFin` is true.
     pub fn set_loaded(&self) {

@@ -2,7 +2,7 @@
 
 use super::request::{AdminOp, CopysetStatus, Origin, Outcome, Reply, ReplyData, Request, RequestOp};
 use super::{Effects, Shard, reply};
-use copyset::{Copyset, Role};
+use copyset::Copyset;
 use raftlog::{CopysetId, Seq};
 
 /// A change that waits for its log record.
@@ -51,13 +51,13 @@ impl Shard {
             return reply(out, origin, Outcome::NoCopyset);
         };
         // What was proposed and not yet applied will never be answered otherwise.
-        let cookies: Vec<u64> = group.raft.pending_cookies().collect();
+        let cookies: Vec<u64> = group.raft.waiting_cookies().collect();
         for cookie in cookies.into_iter().chain(group.queue.iter().filter_map(|c| c.cookie)) {
-            self.settle(id, cookie, Outcome::NoCopyset, 0, out);
+            self.settle(cookie, Outcome::NoCopyset, 0, out);
         }
-        self.store.remove_copyset(id, group.applied);
         let seq = self.log.borrow_mut().purge(id);
         self.admin.push(Pending { origin, seq, copyset: id, create: false });
+        self.flush.next = self.now;
     }
 
     /// Answer the changes whose records are durable.
@@ -73,7 +73,7 @@ impl Shard {
                     continue;
                 }
             } else {
-                self.store.copyset_gone(copyset);
+                self.store.remove_copyset(copyset); // only now: the Purge is durable
             }
             reply(out, origin, Outcome::Success);
         }
@@ -85,12 +85,7 @@ impl Shard {
         let conf = raft.conf();
         Some(CopysetStatus {
             id: id.0,
-            state: match raft.role() {
-                Role::Leader => 1,
-                Role::Candidate => 3,
-                Role::Follower if conf.voters.is_empty() => 6,
-                Role::Follower => 4,
-            },
+            state: raft.role() as u32,
             peer: raft.peer(),
             leader: raft.leader(),
             peers: conf.voters.clone(),
@@ -101,7 +96,7 @@ impl Shard {
             last: raft.last_index(),
             durable: raft.durable_index(),
             epoch: conf.epoch,
-            chunks: self.store.chunks_of(id) as u64,
+            chunks: self.store.chunks_of(id),
         })
     }
 }

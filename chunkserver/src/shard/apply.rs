@@ -6,7 +6,6 @@ use super::{DISK, Effects, Failure, Shard, Task};
 use crate::chunk::ApplyOp;
 use crate::io::buffer::PoolBuf;
 use crate::io::{Errno, Op};
-use bytes::Bytes;
 use copyset::Committed;
 use raftlog::{BLOCK, CopysetId, crc32c};
 
@@ -59,7 +58,7 @@ impl Shard {
             return Some(Step::Wait);
         }
         let head = group.queue.front()?;
-        if head.payload_len > 0 && head.payload.is_empty() {
+        if head.is_absent() {
             let (index, len) = (head.index, head.payload_len);
             self.fetch(id, index, len, out);
             return Some(Step::Wait);
@@ -73,30 +72,30 @@ impl Shard {
             group.applied = index;
         }
         if let Some(cookie) = cookie {
-            self.settle(id, cookie, Outcome::Success, index, out);
+            self.settle(cookie, Outcome::Success, index, out);
         }
         Some(Step::Applied)
     }
 
     fn apply(&mut self, id: CopysetId, committed: Committed) -> Result<(), Failure> {
-        let Committed { index, context, payload, .. } = committed;
-        let (crcs, header) = split_context(&context, payload.len() / BLOCK);
-        if header.is_empty() {
+        if committed.is_internal() {
             return Ok(()); // a leader's own-term entry, or a conf change that raft applied
         }
-        let header = Header::decode(header)?;
+        let header = Header::decode(committed.header().unwrap_or_default())?;
+        let crcs: BlockCrcs = committed.crcs().collect();
+        let Committed { index, payload, .. } = committed;
         let op = match header.kind {
             Kind::Write => ApplyOp::Write { sn: header.sn, offset: header.offset, payload, crcs },
             Kind::Delete => ApplyOp::Delete,
             Kind::Zero => ApplyOp::Zero { offset: header.offset, len: header.len },
         };
-        self.store.apply(id, index, header.chunk, op, self.now.0);
-        Ok(())
+        Ok(self.store.apply(id, index, header.chunk, op, self.now.0)?)
     }
 
     /// Read an entry's payload back from the log, when there is room for it.
     fn fetch(&mut self, id: CopysetId, index: u64, len: usize, out: &mut Effects) {
-        let room = self.store.dirty_bytes() == 0 || self.store.dirty_bytes() + len <= self.config.dirty_limit;
+        let dirty = self.store.pinned_bytes() as usize;
+        let room = dirty == 0 || dirty + len <= self.config.dirty_limit;
         let busy = self.groups.values().filter(|g| g.fetching).count();
         if !room || busy >= FETCHES_MAX {
             return;
@@ -110,7 +109,7 @@ impl Shard {
         if let Some(group) = self.groups.get_mut(&id) {
             group.fetching = true;
         }
-        let offset = self.layout.log_offset(self.config.shard) + location.offset;
+        let offset = self.layout.log_offset_of(self.config.shard) + location.offset;
         self.submit(out, Task::Fetch { copyset: id, index }, Op::Read { file: DISK, offset, buf });
     }
 
@@ -118,9 +117,9 @@ impl Shard {
         let Some(group) = self.groups.get_mut(&id) else { return };
         group.fetching = false;
         let Some(head) = group.queue.front_mut().filter(|head| head.index == index) else { return };
-        let (crcs, _) = split_context(&head.context, buf.len() / BLOCK);
-        let sound = result.is_ok() && buf.chunks(BLOCK).zip(&crcs).all(|(block, &crc)| crc32c(block) == crc);
-        if sound && crcs.len() * BLOCK == buf.len() {
+        let crcs = head.crcs();
+        let whole = crcs.len() * BLOCK == buf.len();
+        if result.is_ok() && whole && buf.chunks(BLOCK).zip(crcs).all(|(block, crc)| crc32c(block) == crc) {
             head.payload = buf.freeze();
         } else {
             // With one replica there is nobody to repair from: this copyset answers CRC_FAIL, the others go on (rule 21).
@@ -128,10 +127,4 @@ impl Shard {
             group.damaged = true;
         }
     }
-}
-
-/// Block CRCs and op header of an entry's context.
-fn split_context(context: &Bytes, blocks: usize) -> (BlockCrcs, &[u8]) {
-    let (crcs, header) = context.split_at_checked(blocks * 4).unwrap_or((&[], context));
-    (crcs.chunks_exact(4).map(|c| u32::from_le_bytes([c[0], c[1], c[2], c[3]])).collect(), header)
 }

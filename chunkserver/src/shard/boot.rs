@@ -2,12 +2,12 @@
 //! kill and a power cut.
 
 use super::{Arenas, Config, DISK, Effects, Failure, Group, Shard, State, Task, flush};
-use crate::chunk::{ExtentPool, Layout, Loader, Store};
+use crate::chunk::{self, ExtentPool, Layout, Loader, Store, StoreConfig};
 use crate::io::buffer::PoolBuf;
 use crate::io::{Errno, Instant, Op};
 use crate::metrics::ShardMetrics;
 use copyset::Copyset;
-use raftlog::{CopysetId, Limits, Log, ReadFailed, Recovery};
+use raftlog::{CopysetId, Geometry, Index, Limits, ReadFailed, Recovery};
 use slab::Slab;
 use std::cell::RefCell;
 use std::collections::{BTreeMap, VecDeque};
@@ -16,15 +16,19 @@ use std::sync::Arc;
 
 /// How far start-up is.
 pub(super) enum Boot {
-    Log { recovery: Option<Recovery>, started: Instant },
-    Metadata { loader: Option<Loader>, started: Instant },
-    /// Everything is read; other shards still claim the extents they have slots in.
-    Extents { started: Instant },
+    /// Before anything is believed, it must be durable: a killed process's last writes may sit in the drive's cache.
+    Sync,
+    Log { recovery: Option<Box<Recovery>>, started: Instant },
+    Metadata { loader: Option<Box<Loader>>, started: Instant },
+    /// Other shards still read: no slot may be taken before all have said which are theirs.
+    Others,
 }
 
 impl Shard {
     /// A shard that will recover from `layout`'s disk.
-    #[must_use]
+    ///
+    /// # Errors
+    /// When the disk's log geometry is impossible.
     pub fn new(
         config: Config,
         layout: Layout,
@@ -32,11 +36,12 @@ impl Shard {
         extents: Arc<ExtentPool>,
         metrics: Arc<ShardMetrics>,
         now: Instant,
-    ) -> Self {
-        let recovery = Recovery::new(layout.log_geometry(config.shard), Limits::default());
-        let log = Rc::new(RefCell::new(Log::empty(layout.log_geometry(config.shard), Limits::default())));
-        let store = Store::new(&layout, config.shard, extents);
-        Self {
+    ) -> Result<Self, Failure> {
+        let geometry = log_geometry(&layout, config.shard);
+        let log = Recovery::blank(geometry, Limits::default()).map_err(|e| Failure::Recovery(e.to_string()))?;
+        let log = Rc::new(RefCell::new(log));
+        let store = Store::blank(&layout, config.shard, Arc::clone(&extents));
+        Ok(Self {
             layout,
             arenas,
             log,
@@ -49,23 +54,31 @@ impl Shard {
             waiting: Slab::with_capacity(1024),
             reads: Slab::with_capacity(256),
             read_queue: VecDeque::new(),
+            early: Vec::new(),
             deferred: VecDeque::new(),
             in_flight_bytes: 0,
+            proposed_cost: 0,
             admin: Vec::new(),
             flush: flush::Flush::new(now),
-            state: State::Boot(Box::new(Boot::Log { recovery: Some(recovery), started: now })),
+            state: State::Boot(Boot::Sync),
+            extents,
+            replaying: Vec::new(),
+            replay_over: false,
+            lost: Vec::new(),
             now,
             next_tick: now,
+            seal_at: Instant::FAR,
             incarnations: 0,
             effects: Vec::new(),
+            counted: chunk::Counters::default(),
             metrics,
             config,
-        }
+        })
     }
 
     pub(super) fn boot_deadline(&self) -> Instant {
         match &self.state {
-            State::Boot(boot) if matches!(**boot, Boot::Extents { .. }) => self.now.after_ms(1),
+            State::Boot(Boot::Others) => self.now.after_ms(1),
             _ => Instant::FAR,
         }
     }
@@ -77,9 +90,12 @@ impl Shard {
         }
         loop {
             let State::Boot(boot) = &mut self.state else { return };
-            let (base, next) = match &mut **boot {
+            if matches!(boot, Boot::Sync) {
+                return self.submit(out, Task::Boot, Op::Sync { file: DISK });
+            }
+            let (base, next) = match boot {
                 Boot::Log { recovery: Some(recovery), .. } => {
-                    (self.layout.log_offset(self.config.shard), recovery.next_read())
+                    (self.layout.log_offset_of(self.config.shard), recovery.next_read())
                 }
                 Boot::Metadata { loader: Some(loader), .. } => (0, loader.next_read()),
                 _ => (0, None),
@@ -98,81 +114,111 @@ impl Shard {
         }
     }
 
+    pub(super) fn boot_synced(&mut self) {
+        let geometry = log_geometry(&self.layout, self.config.shard);
+        let recovery = Some(Box::new(Recovery::new(geometry, Limits::default())));
+        self.state = State::Boot(Boot::Log { recovery, started: self.now });
+    }
+
     pub(super) fn boot_read(&mut self, buf: &PoolBuf, result: Result<(), Errno>) {
         let State::Boot(boot) = &mut self.state else { return };
-        match &mut **boot {
-            Boot::Log { recovery: Some(recovery), .. } => recovery.feed(result.map(|()| &**buf).map_err(|_| ReadFailed)),
-            Boot::Metadata { loader: Some(loader), .. } => {
-                if let Err(error) = loader.feed(&mut self.store, result.map(|()| &**buf)) {
-                    self.fail(Failure::Load(error.to_string()));
-                }
-            }
+        let data = result.map(|()| &**buf);
+        match boot {
+            Boot::Log { recovery: Some(recovery), .. } => recovery.feed(data.map_err(|_| ReadFailed)),
+            Boot::Metadata { loader: Some(loader), .. } => loader.feed(data.map_err(|_| chunk::ReadFailed)),
             _ => {}
         }
     }
 
-    /// A stage has read all it wants; false when start-up waits or has failed.
+    /// A stage has read all it wants; false when start-up is over or has failed.
     fn boot_advance(&mut self) -> bool {
         let State::Boot(boot) = &mut self.state else { return false };
-        match &mut **boot {
+        let result = match boot {
             Boot::Log { recovery, started } => {
-                let Some(recovery) = recovery.take() else { return false };
-                let started = *started;
-                match recovery.finish() {
-                    Ok((log, report)) => {
-                        tracing::info!(shard = self.config.shard, ms = self.now.since_ns(started) / 1_000_000, ?report, "log recovered");
-                        *self.log.borrow_mut() = log;
-                    }
-                    Err(error) => {
-                        self.fail(Failure::Recovery(error.to_string()));
-                        return false;
-                    }
-                }
-                let loader = Some(Loader::new(&self.layout, self.config.shard));
-                self.state = State::Boot(Box::new(Boot::Metadata { loader, started: self.now }));
-                true
+                let (recovery, started) = (recovery.take(), *started);
+                recovery.map_or(Ok(()), |recovery| self.log_recovered(*recovery, started))
             }
-            Boot::Metadata { started, .. } => {
-                let started = *started;
-                let log = Rc::clone(&self.log);
-                self.store.retain(&|id| log.borrow().index(id).map(|i| i.checkpoint().incarnation));
-                self.store.loaded();
-                tracing::info!(
-                    shard = self.config.shard,
-                    ms = self.now.since_ns(started) / 1_000_000,
-                    chunks = self.store.chunk_count(),
-                    "chunk metadata loaded"
-                );
-                self.state = State::Boot(Box::new(Boot::Extents { started: self.now }));
-                true
+            Boot::Metadata { loader, started } => {
+                let (loader, started) = (loader.take(), *started);
+                loader.map_or(Ok(()), |loader| self.metadata_loaded(*loader, started))
             }
-            Boot::Extents { .. } => {
-                if !self.store.ready() {
-                    return false;
-                }
-                let ids = self.log.borrow().copysets();
-                for id in ids {
-                    if let Err(failure) = self.start_copyset(id) {
-                        self.fail(failure);
-                        return false;
-                    }
-                }
-                self.state = State::Serving;
-                false
-            }
+            Boot::Others if self.extents.is_loaded() => self.start_copysets(),
+            Boot::Others | Boot::Sync => return false,
+        };
+        if let Err(failure) = result {
+            self.fail(failure);
+        }
+        matches!(self.state, State::Boot(_))
+    }
+
+    fn log_recovered(&mut self, recovery: Recovery, started: Instant) -> Result<(), Failure> {
+        let (log, report) = recovery.finish().map_err(|e| Failure::Recovery(e.to_string()))?;
+        let ms = self.now.since_ns(started) / 1_000_000;
+        tracing::info!(shard = self.config.shard, ms, batches = report.batches, bytes = report.bytes, "log recovered");
+        if !report.rot.is_empty() || report.unreadable_blocks > 0 {
+            tracing::error!(shard = self.config.shard, ?report, "the log has lost records that were durable");
+        }
+        *self.log.borrow_mut() = log;
+        // Nobody to repair from with one replica: these answer CRC_FAIL (rule 21).
+        self.lost = report.suspects.iter().copied().chain(report.rot.iter().filter_map(|rot| rot.copyset)).collect();
+        let (extents, config) = (Arc::clone(&self.extents), StoreConfig::default());
+        let loader = Some(Box::new(Loader::new(&self.layout, self.config.shard, extents, config)));
+        self.state = State::Boot(Boot::Metadata { loader, started: self.now });
+        Ok(())
+    }
+
+    fn metadata_loaded(&mut self, loader: Loader, started: Instant) -> Result<(), Failure> {
+        let log = Rc::clone(&self.log);
+        let known = |id: CopysetId| {
+            let log = log.borrow();
+            let checkpoint = log.index(id)?.checkpoint();
+            Some(chunk::Known { incarnation: checkpoint.incarnation, checkpoint: checkpoint.applied_index })
+        };
+        let (store, report) = loader.finish(&known).map_err(|e| Failure::Load(e.to_string()))?;
+        let ms = self.now.since_ns(started) / 1_000_000;
+        tracing::info!(shard = self.config.shard, ms, ?report, "chunk metadata loaded");
+        self.store = store;
+        self.state = State::Boot(Boot::Others);
+        Ok(())
+    }
+
+    fn start_copysets(&mut self) -> Result<(), Failure> {
+        let ids = self.log.borrow().copysets();
+        for &id in &ids {
+            let last = self.log.borrow().index(id).map_or(0, Index::last_index);
+            self.start_copyset(id)?;
+            self.replaying.push((id, last));
+        }
+        self.state = State::Serving;
+        self.replay_step();
+        Ok(())
+    }
+
+    /// Everything the log held at start is applied: new extents may be taken, doubtful chunks are known as such.
+    pub(super) fn replay_step(&mut self) {
+        if self.replay_over {
+            return;
+        }
+        let groups = &self.groups;
+        let open = |id: &CopysetId, last: u64| {
+            groups.get(id).is_some_and(|g| !g.damaged && g.applied < last && !g.raft.needs_ticks())
+        };
+        self.replaying.retain(|(id, last)| open(id, *last));
+        if self.replaying.is_empty() {
+            self.replay_over = true;
+            self.store.replay_done();
+            tracing::info!(shard = self.config.shard, copysets = self.groups.len(), "replay is over");
         }
     }
 
     /// Make a copyset live from what the log says of it.
     pub(super) fn start_copyset(&mut self, id: CopysetId) -> Result<(), Failure> {
         let config = copyset::Config {
-            id,
-            peer: self.config.peer,
             tick_ms: self.config.election_ms / 10,
             election_ticks: 10,
             heartbeat_ticks: 3,
             seed: self.config.seed ^ id.0.rotate_left(17),
-            ..copyset::Config::default()
+            ..copyset::Config::new(id, self.config.peer, 0)
         };
         let checkpoint = self.log.borrow().index(id).map(|i| (i.checkpoint().incarnation, i.checkpoint().applied_index));
         let Some((incarnation, applied)) = checkpoint else {
@@ -181,14 +227,13 @@ impl Shard {
         let raft = Copyset::new(config, Rc::clone(&self.log)).map_err(|e| Failure::Copyset(id, e.to_string()))?;
         let group = Group {
             raft,
-            incarnation,
             applied,
             queue: VecDeque::new(),
             fetching: false,
             dirty: false,
             unpersisted: false,
             applying: false,
-            damaged: false,
+            damaged: self.lost.contains(&id),
         };
         self.groups.insert(id, group);
         self.store.add_copyset(id, incarnation);
@@ -196,4 +241,16 @@ impl Shard {
         self.mark_dirty(id);
         Ok(())
     }
+}
+
+/// The log of one shard.
+#[must_use]
+pub fn log_geometry(layout: &Layout, shard: u16) -> Geometry {
+    let mut uuid = layout.uuid;
+    // Each shard's log is a log of its own: a misdirected write must not pass for a record of another shard's.
+    for (byte, own) in uuid.iter_mut().zip(shard.to_le_bytes()) {
+        *byte ^= own;
+    }
+    let segment_count = (layout.log_bytes_per_shard / layout.log_segment_size) as u32;
+    Geometry { uuid, segment_size: layout.log_segment_size, segment_count }
 }

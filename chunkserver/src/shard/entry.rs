@@ -38,7 +38,7 @@ pub struct Header {
 }
 
 /// An entry of a version or kind this code does not know, or a malformed one.
-#[derive(Debug, thiserror::Error, PartialEq, Eq)]
+#[derive(Clone, Debug, thiserror::Error, PartialEq, Eq)]
 #[error("a log entry's header is not understood (length {len}, version {version}, kind {kind})")]
 pub struct BadHeader {
     len: usize,

@@ -6,7 +6,7 @@
 use super::{DISK, Effects, Shard, State, Task};
 use crate::chunk::RoundIo;
 use crate::io::{Instant, Op};
-use raftlog::{CopysetId, Seq};
+use raftlog::{CopysetId, Index, Log, Seq};
 
 /// Checkpoints written, awaited: (batch, copyset, applied index).
 type Checkpoints = Vec<(Seq, CopysetId, u64)>;
@@ -69,23 +69,22 @@ impl Shard {
 
     /// Half the memory, half the log, or old age.
     fn round_due(&mut self) -> bool {
-        let dirty = self.store.dirty_bytes();
+        let dirty = self.store.pinned_bytes() as usize;
         let log = self.log.borrow();
         if log.used_bytes() * 2 >= log.capacity_bytes() || !self.deferred.is_empty() {
             return true;
         }
-        if !self.store.has_dirty() {
+        let Some(oldest) = self.store.oldest_dirty_ns() else {
             self.flush.next = Instant::FAR;
             return false;
-        }
+        };
         if dirty * 2 >= self.config.dirty_limit || std::mem::take(&mut self.flush.urgent) {
             return true;
         }
         if self.arenas.all_payload.iter().any(|a| a.free_bytes() < a.size() / 4) {
             return true;
         }
-        let oldest = Instant(self.store.oldest_dirty().unwrap_or(self.now.0));
-        self.flush.next = oldest.after_ns(self.config.flush_age_ns);
+        self.flush.next = Instant(oldest).after_ns(self.config.flush_age_ns);
         self.flush.next <= self.now
     }
 
@@ -98,7 +97,6 @@ impl Shard {
             // Nothing to write: what pins the log are entries without data and old checkpoints.
             return self.write_checkpoints(applied);
         };
-        self.metrics.round();
         let mut log = self.log.borrow_mut();
         let mut last = log.durable_seq();
         for (id, index) in start.commits {
@@ -129,31 +127,34 @@ impl Shard {
     /// Log what the copysets may restart from; false if there was nothing new to say.
     fn write_checkpoints(&mut self, done: Vec<(CopysetId, u64)>) -> bool {
         let mut written = Checkpoints::new();
-        let mut log = self.log.borrow_mut();
-        let crowded = log.used_bytes() * 2 >= log.capacity_bytes();
-        let pinning = if crowded { log.pinning() } else { Vec::new() };
         for (id, index) in done {
-            let Some(group) = self.groups.get(&id) else { continue };
-            let Some(known) = log.index(id).map(|i| i.checkpoint().applied_index) else { continue };
-            let seq = if index > known {
-                log.checkpoint(id, group.raft.checkpoint_at(index))
-            } else if pinning.contains(&id) {
-                log.relog(id)
-            } else {
-                continue;
-            };
-            written.push((seq, id, index));
-        }
-        for id in pinning {
-            if !written.iter().any(|w| w.1 == id) {
-                written.push((log.relog(id), id, 0));
+            let known = self.log.borrow().index(id).map(|i| i.checkpoint().applied_index);
+            let newer = known.is_some_and(|known| index > known);
+            // The copyset looks into the log itself: no borrow of it may be held.
+            if let Some(group) = self.groups.get(&id).filter(|_| newer) {
+                let checkpoint = group.raft.checkpoint_at(index);
+                written.push((self.log.borrow_mut().checkpoint(id, checkpoint), id, index));
             }
         }
+        self.release_oldest(&mut written);
         let any = !written.is_empty();
         // A round that changed nothing still ends: the next one is due by age.
         self.flush.phase = if any { Phase::Checkpoints(written) } else { Phase::Idle };
         self.flush.next = self.now.after_ms(100);
         any
+    }
+
+    /// Rule 8: copysets that say nothing new must not pin the oldest segment when space is short.
+    fn release_oldest(&self, written: &mut Checkpoints) {
+        let mut log = self.log.borrow_mut();
+        if log.used_bytes() * 2 < log.capacity_bytes() {
+            return;
+        }
+        for id in log.pinning() {
+            if !written.iter().any(|w| w.1 == id) && can_relog(&log, id) {
+                written.push((log.relog(id), id, 0));
+            }
+        }
     }
 
     fn round_end(&mut self) -> bool {
@@ -162,11 +163,17 @@ impl Shard {
         if written.iter().any(|w| w.0 > log.durable_seq()) {
             return false;
         }
-        for (_, id, index) in written.drain(..).filter(|w| w.2 > 0) {
+        let written = std::mem::take(written);
+        for (_, id, index) in written.into_iter().filter(|w| w.2 > 0) {
             self.store.checkpoint_durable(id, index);
         }
         log.free_segments();
         self.flush.phase = Phase::Idle;
         true
     }
+}
+
+/// A tail whose payloads are in memory. Applied entries' are not any more; the next round's checkpoint covers them.
+fn can_relog(log: &Log, id: CopysetId) -> bool {
+    log.index(id).map(Index::not_resident).is_some_and(|absent| absent.is_empty())
 }

@@ -13,10 +13,12 @@ mod propose;
 mod read;
 pub mod request;
 
-use crate::chunk::{Layout, Store};
+pub use boot::log_geometry;
+
+use crate::chunk::{self, ApplyError, ExtentPool, Layout, Store};
 use crate::io::buffer::Arena;
 use crate::io::{Completion, Done, Errno, FileId, Instant, Op};
-use crate::metrics::ShardMetrics;
+use crate::metrics::{Counter, ShardMetrics};
 use crate::shard::request::{Origin, Outcome, Reply, ReplyData, Request, RequestOp, ShardStatus};
 use bytes::Bytes;
 use copyset::{Committed, Copyset, Effect};
@@ -29,6 +31,9 @@ use std::sync::Arc;
 
 /// The disk of a shard, as the reactor numbers files.
 pub const DISK: FileId = FileId(0);
+
+/// An idle log is sealed after this, milliseconds.
+const SEAL_AFTER_MS: u64 = 1_000;
 
 /// What a shard is told at start.
 #[derive(Clone, Debug)]
@@ -83,8 +88,11 @@ pub enum Failure {
     #[error("chunk metadata cannot be loaded: {0}")]
     Load(String),
     /// A committed entry is not understood.
-    #[error("{0}")]
+    #[error(transparent)]
     Entry(#[from] entry::BadHeader),
+    /// A committed entry cannot be applied.
+    #[error(transparent)]
+    Apply(#[from] ApplyError),
     /// A copyset cannot start from what the log says.
     #[error("copyset {0:?}: {1}")]
     Copyset(CopysetId, String),
@@ -93,7 +101,6 @@ pub enum Failure {
 /// One copyset on this shard.
 struct Group {
     raft: Copyset,
-    incarnation: u64,
     applied: u64,
     queue: VecDeque<Committed>,
     fetching: bool,
@@ -108,7 +115,7 @@ struct Group {
 enum Task {
     Boot,
     LogWrite(WriteId),
-    Round(crate::chunk::IoId),
+    Round(chunk::IoId),
     Read { job: usize, piece: usize },
     Fetch { copyset: CopysetId, index: u64 },
 }
@@ -122,7 +129,7 @@ struct Waiting {
 }
 
 enum State {
-    Boot(Box<boot::Boot>),
+    Boot(boot::Boot),
     Serving,
     Draining { sealed: Option<raftlog::Seq> },
     Stopped,
@@ -148,15 +155,29 @@ pub struct Shard {
     reads: Slab<read::Job>,
     /// Reads without a buffer yet.
     read_queue: VecDeque<usize>,
+    /// Requests that came before start-up was over.
+    early: Vec<Request>,
     /// Writes that found no room, in order.
     deferred: VecDeque<Request>,
     /// Payload bytes proposed and not yet applied.
     in_flight_bytes: usize,
+    /// Log space of proposals that raft has not handed to the log yet.
+    proposed_cost: u64,
     admin: Vec<admin::Pending>,
     flush: flush::Flush,
     state: State,
+    extents: Arc<ExtentPool>,
+    /// What the log held at start and is not applied yet: copyset and last index.
+    replaying: Vec<(CopysetId, u64)>,
+    replay_over: bool,
+    /// Copysets of which durable log records are lost.
+    lost: Vec<CopysetId>,
+    /// Of the store, as last published.
+    counted: chunk::Counters,
     now: Instant,
     next_tick: Instant,
+    /// When an idle log says that all of it is durable (rule 5).
+    seal_at: Instant,
     incarnations: u64,
     effects: Vec<Effect>,
     metrics: Arc<ShardMetrics>,
@@ -173,7 +194,8 @@ impl Shard {
     pub fn request(&mut self, request: Request, out: &mut Effects) {
         match self.state {
             State::Serving => {}
-            State::Boot(_) => return reply(out, request.origin, Outcome::NotLeader),
+            // Bounded by what the others may have in flight here.
+            State::Boot(_) => return self.early.push(request),
             State::Draining { .. } | State::Stopped => return reply(out, request.origin, Outcome::Stopping),
             State::Failed(_) => return reply(out, request.origin, Outcome::DiskFail),
         }
@@ -188,6 +210,8 @@ impl Shard {
         let Some(task) = self.tasks.try_remove(number as usize) else { return };
         match (task, completion.done) {
             (Task::Boot, Done::Read { buf, result }) => self.boot_read(&buf, result),
+            (Task::Boot, Done::Sync(Ok(()))) => self.boot_synced(),
+            (Task::Boot, Done::Sync(Err(error))) => self.fail(Failure::LogWrite(error)),
             (Task::LogWrite(id), Done::Write(Ok(()))) => self.log_written(id),
             (Task::LogWrite(_), Done::Write(Err(error))) => self.fail(Failure::LogWrite(error)),
             (Task::Round(id), Done::Write(Ok(())) | Done::Sync(Ok(()))) => self.store.io_done(id),
@@ -208,6 +232,9 @@ impl Shard {
                 if !matches!(self.state, State::Serving) {
                     return;
                 }
+                for request in std::mem::take(&mut self.early) {
+                    self.request(request, out);
+                }
             }
             State::Serving | State::Draining { .. } => {}
         }
@@ -221,8 +248,14 @@ impl Shard {
             }
         }
         self.flush_step(out);
+        if self.seal_at <= self.now {
+            // None: said already, or something is under way, which will set the time anew.
+            self.log.borrow_mut().seal();
+            self.seal_at = Instant::FAR;
+        }
         self.write_log(out);
         self.start_waiting_reads(out);
+        self.replay_step();
         self.drain_step();
         self.publish();
     }
@@ -231,16 +264,16 @@ impl Shard {
     #[must_use]
     pub fn deadline(&self) -> Instant {
         match self.state {
-            State::Serving | State::Draining { .. } => self.flush_deadline().min(self.next_tick),
+            State::Serving | State::Draining { .. } => self.flush_deadline().min(self.next_tick).min(self.seal_at),
             State::Boot(_) => self.boot_deadline(),
             State::Stopped | State::Failed(_) => Instant::FAR,
         }
     }
 
-    /// Requests are answered.
+    /// Requests are answered, by every shard of the disk.
     #[must_use]
     pub fn serving(&self) -> bool {
-        matches!(self.state, State::Serving)
+        matches!(self.state, State::Serving) && self.extents.is_open()
     }
 
     /// The disk is out of service; the process should say so and stop.
@@ -294,7 +327,7 @@ impl Shard {
         for waiting in std::mem::take(&mut self.waiting).into_iter().map(|(_, w)| w.origin) {
             reply(out, waiting, Outcome::DiskFail);
         }
-        for request in std::mem::take(&mut self.deferred) {
+        for request in std::mem::take(&mut self.deferred).into_iter().chain(std::mem::take(&mut self.early)) {
             reply(out, request.origin, Outcome::DiskFail);
         }
         for job in std::mem::take(&mut self.reads).into_iter().map(|(_, job)| job.origin) {
@@ -337,6 +370,7 @@ impl Shard {
     /// Collect what raft wants done; true if there was anything.
     fn raft_ready(&mut self, out: &mut Effects) -> bool {
         let dirty = std::mem::take(&mut self.dirty);
+        self.proposed_cost = 0;
         let worked = !dirty.is_empty();
         for id in dirty {
             let Some(group) = self.groups.get_mut(&id) else { continue };
@@ -363,7 +397,7 @@ impl Shard {
                     self.applying.push(id);
                 }
             }
-            Effect::Dropped { cookie } => self.dropped(id, cookie, out),
+            Effect::Dropped { cookie, may_commit } => self.dropped(id, cookie, may_commit, out),
             Effect::LeaderChanged { ready: false, .. } => self.store.reset_proposed(id),
             // Peers are a later step; a sole voter has nobody to send to.
             Effect::LeaderChanged { .. } | Effect::Send(_) => {}
@@ -376,9 +410,11 @@ impl Shard {
             let Some(len) = self.log.borrow_mut().next_header() else { return };
             let Some(mut header) = self.arenas.work.alloc(len) else { return };
             let write = self.log.borrow_mut().take_write(&mut header);
-            let offset = self.layout.log_offset(self.config.shard) + write.offset;
+            let offset = self.layout.log_offset_of(self.config.shard) + write.offset;
             let payload: usize = write.payloads.iter().map(Bytes::len).sum();
-            self.metrics.log_write(len + payload);
+            self.seal_at = self.now.after_ms(SEAL_AFTER_MS);
+            self.metrics.add(Counter::LogWrites, 1);
+            self.metrics.add(Counter::LogBytes, (len + payload) as u64);
             let bufs = std::iter::once(header.freeze()).chain(write.payloads).collect();
             self.submit(out, Task::LogWrite(write.id), Op::Write { file: DISK, offset, bufs, dsync: true });
         }
@@ -403,9 +439,9 @@ impl Shard {
             shard: self.config.shard,
             copysets: self.groups.len() as u64,
             leaders: self.groups.values().filter(|g| g.raft.is_leader_ready()).count() as u64,
-            chunks: self.store.chunk_count() as u64,
-            slots_free: self.store.free_slots() as u64,
-            dirty_bytes: self.store.dirty_bytes() as u64,
+            chunks: self.store.chunk_count(),
+            slots_free: self.store.spare_slots(),
+            dirty_bytes: self.store.pinned_bytes(),
             log_used_bytes: log.used_bytes(),
             log_bytes: log.capacity_bytes(),
             buffers_free_bytes: self.arenas.payload.free_bytes() as u64,
@@ -413,16 +449,25 @@ impl Shard {
         }
     }
 
-    /// Gauges for whoever scrapes.
-    fn publish(&self) {
-        let log = self.log.borrow();
-        self.metrics.gauges(
-            self.groups.len() as u64,
-            self.store.chunk_count() as u64,
-            self.store.free_slots() as u64,
-            self.store.dirty_bytes() as u64,
-            log.used_bytes(),
-        );
+    /// Counters for whoever scrapes.
+    fn publish(&mut self) {
+        let (now, last) = (self.store.counters(), self.counted);
+        if now == last {
+            return;
+        }
+        for (counter, by) in [
+            (Counter::DataWrites, now.data_writes - last.data_writes),
+            (Counter::DataWriteBytes, now.data_bytes - last.data_bytes),
+            (Counter::MetaWrites, now.meta_writes - last.meta_writes),
+            (Counter::MetaWriteBytes, now.meta_bytes - last.meta_bytes),
+            (Counter::CrcWrites, now.crc_writes - last.crc_writes),
+            (Counter::CrcWriteBytes, now.crc_bytes - last.crc_bytes),
+            (Counter::Syncs, now.syncs - last.syncs),
+            (Counter::Rounds, now.rounds - last.rounds),
+        ] {
+            self.metrics.add(counter, by);
+        }
+        self.counted = now;
     }
 }
 

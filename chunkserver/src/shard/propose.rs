@@ -5,10 +5,7 @@ use super::request::{BlockCrcs, ChunkOp, Outcome, Reply, ReplyData, Request, Req
 use super::{Effects, Shard, Waiting, reply};
 use bytes::Bytes;
 use copyset::ProposeError;
-use raftlog::{BLOCK, CopysetId};
-
-/// Log space an entry may need besides its payload: its header and the header block of a batch of its own.
-const LOG_OVERHEAD: u64 = 4 * BLOCK as u64;
+use raftlog::{CopysetId, Log};
 
 impl Shard {
     pub(super) fn chunk_request(&mut self, request: Request, out: &mut Effects) {
@@ -45,10 +42,10 @@ impl Shard {
     /// Is there memory and log space for this operation now?
     fn has_room(&self, op: &ChunkOp) -> bool {
         let len = payload_len(op);
-        let waiting = self.store.dirty_bytes() + self.in_flight_bytes;
+        let waiting = self.store.pinned_bytes() as usize + self.in_flight_bytes;
         // One operation always fits: a payload larger than the limit must not wait for ever.
         let memory = waiting == 0 || waiting + len <= self.config.dirty_limit;
-        memory && self.log.borrow().space_for_entries() >= len as u64 + LOG_OVERHEAD
+        memory && self.log.borrow().space_for_entries() >= self.proposed_cost + Log::entry_cost(len)
     }
 
     /// Try again what found no room, in order.
@@ -99,25 +96,37 @@ impl Shard {
             let outcome = match error {
                 ProposeError::NotLeader { .. } | ProposeError::NotReady => Outcome::NotLeader,
                 ProposeError::Full => Outcome::Overload,
+                ProposeError::TooLarge => Outcome::Invalid,
             };
-            self.settle(id, cookie, outcome, 0, out);
-            return;
+            return self.withdraw(id, cookie, outcome, out);
         }
+        self.proposed_cost += Log::entry_cost(pinned);
         self.mark_dirty(id);
     }
 
     /// A proposal will never commit.
-    pub(super) fn dropped(&mut self, id: CopysetId, cookie: u64, out: &mut Effects) {
-        self.settle(id, cookie, Outcome::NotLeader, 0, out);
+    ///
+    /// If the log may hold it a later leader may commit it: what was reserved for it stays (rule 13).
+    pub(super) fn dropped(&mut self, id: CopysetId, cookie: u64, may_commit: bool, out: &mut Effects) {
+        if may_commit {
+            self.settle(cookie, Outcome::NotLeader, 0, out);
+        } else {
+            self.withdraw(id, cookie, Outcome::NotLeader, out);
+        }
+    }
+
+    /// It never reached the log: give back what was reserved for it.
+    fn withdraw(&mut self, id: CopysetId, cookie: u64, outcome: Outcome, out: &mut Effects) {
+        if let Some(waiting) = self.waiting.get(cookie as usize) {
+            self.store.abandon(id, waiting.chunk, &waiting.op);
+        }
+        self.settle(cookie, outcome, 0, out);
     }
 
     /// Answer a proposal.
-    pub(super) fn settle(&mut self, id: CopysetId, cookie: u64, outcome: Outcome, index: u64, out: &mut Effects) {
+    pub(super) fn settle(&mut self, cookie: u64, outcome: Outcome, index: u64, out: &mut Effects) {
         let Some(waiting) = self.waiting.try_remove(cookie as usize) else { return };
         self.in_flight_bytes -= waiting.pinned;
-        if outcome != Outcome::Success {
-            self.store.abandon(id, waiting.chunk, &waiting.op);
-        }
         out.replies.push(Reply { origin: waiting.origin, outcome, applied_index: index, data: ReplyData::None });
     }
 }

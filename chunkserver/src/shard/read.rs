@@ -4,6 +4,7 @@ use super::request::{Origin, Outcome, Reply, ReplyData};
 use super::{DISK, Effects, Shard, Task, reply};
 use crate::chunk::{Piece, ReadPlan, Verified};
 use crate::io::buffer::PoolBuf;
+use crate::metrics::Counter;
 use crate::io::{Errno, Op};
 use bytes::Bytes;
 use raftlog::CopysetId;
@@ -107,6 +108,8 @@ impl Shard {
         }
         job.pending = device.len();
         for ((piece, offset, _), buf) in device.into_iter().zip(bufs) {
+            self.metrics.add(Counter::DataReads, 1);
+            self.metrics.add(Counter::DataReadBytes, buf.len() as u64);
             self.submit(out, Task::Read { job: key, piece }, Op::Read { file: DISK, offset, buf });
         }
         true
@@ -133,17 +136,18 @@ impl Shard {
         job.pending -= 1;
         if let Err(error) = result {
             tracing::warn!(copyset = ?job.copyset, chunk = job.chunk, %error, "read failed");
-            self.metrics.read_error();
+            self.metrics.add(Counter::DeviceErrors, 1);
             job.failed = Some(Outcome::DiskFail);
         } else {
-            match self.store.check(job.copyset, job.chunk, &job.plan, piece, &buf) {
+            let Some(&Piece::Device { first_block, .. }) = job.plan.pieces.get(piece) else { return };
+            match self.store.check(&job.plan.key, first_block, &buf) {
                 Verified::Ok => {
                     if let Some(slot) = job.done.get_mut(piece) {
                         *slot = Some(buf.freeze());
                     }
                 }
                 Verified::Stale => job.stale = true,
-                Verified::Rot => job.rot = true,
+                Verified::Rot { .. } => job.rot = true,
             }
         }
         if job.pending == 0 {
@@ -160,7 +164,6 @@ impl Shard {
         // Rule 12: a mismatch is read once more before it counts as rot; a block that changed meanwhile as often as it takes.
         let again = (job.rot && job.attempts == 0) || (job.stale && job.attempts < ATTEMPTS);
         if again {
-            let rot_seen = job.rot;
             match self.store.read(job.copyset, job.chunk, job.offset, job.len) {
                 Ok(plan) => {
                     let mut next =
@@ -170,10 +173,9 @@ impl Shard {
                 }
                 Err(outcome) => job.failed = Some(outcome),
             }
-            debug_assert!(rot_seen || job.stale);
         } else if job.rot || job.stale {
             tracing::error!(copyset = ?job.copyset, chunk = job.chunk, offset = job.offset, "checksum mismatch on the device");
-            self.metrics.rot();
+            self.metrics.add(Counter::Rot, 1);
             job.failed = Some(Outcome::CrcFail);
         }
         self.finish(job, out);

@@ -87,6 +87,20 @@ impl Copyset {
     pub fn durable_index(&self) -> u64 {
         self.raw.raft.raft_log.persisted
     }
+    /// A batch of the log must become durable before this replica goes on.
+    #[must_use]
+    pub fn awaits_log(&self) -> bool {
+        !self.held.is_empty()
+    }
+    /// Elections and heartbeats matter: there are voters, and not this one alone.
+    #[must_use]
+    pub fn needs_ticks(&self) -> bool {
+        !self.conf().voters.is_empty() && !self.conf().sole_voter(self.config.peer)
+    }
+    /// Cookies of the proposals made here that are not committed yet.
+    pub fn waiting_cookies(&self) -> impl Iterator<Item = u64> + '_ {
+        self.proposals.cookies()
+    }
     /// Proposals made here that are not committed yet.
     #[must_use]
     pub fn waits(&self) -> usize {
