@@ -101,6 +101,7 @@ impl System for ServerSystem {
                 Arenas { payload: Arc::clone(&payload[n]), work: Arc::clone(&work[n]), all_payload: payload.clone() };
             let metrics = Arc::clone(shared.registry().shard(n).expect("as many as shards"));
             let shard = Shard::new(config, layout.clone(), arenas.clone(), Arc::clone(&extents), metrics, io.now());
+            let shard = shard.expect("the sizes above suit a shard");
             let setup = Setup {
                 listeners: if number == 0 { vec![(ListenerId(0), Protocol::Rpc)] } else { Vec::new() },
                 shared: Arc::clone(&shared),

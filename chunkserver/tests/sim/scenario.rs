@@ -151,9 +151,9 @@ fn report(seed: u64, sim: &Sim, history: &History, faults: BTreeMap<&'static str
     }
 }
 
-/// What the seeds run: the toy, until the server's reactor can be booted here.
+/// What the seeds run.
 fn system() -> Box<dyn System> {
-    Box::new(crate::toy::ToySystem(crate::toy::Bug::None))
+    Box::new(crate::node::ServerSystem)
 }
 
 fn number(name: &str) -> Option<u64> {
