@@ -151,6 +151,8 @@ impl Nemesis {
             return self.after(world, 5_000, 80_000, NEXT);
         }
         self.again -= 1;
+        // What a kill left in the drive's cache may be lost by a power cut that follows.
+        self.crash = if self.rng.coin() { Crash::Power } else { Crash::Kill };
         *self.counts.entry("crash in recovery").or_default() += 1;
         let ops = self.rng.skewed(1, 30);
         world.trip_after(0, self.me, ops);
