@@ -1,7 +1,7 @@
 //! The simulator: whole nodes on a simulated disk, network and clock, under a checker.
 //!
 //! `SIM_SEED=n` replays one seed with its report, `SIM_SEEDS=n` runs that many (see `scripts/sim`); without either a
-//! few seeds run.
+//! few seeds run. What runs is the shipping server (`node.rs`); the toy (`toy.rs`) and its planted bugs test the simulator.
 
 mod checker;
 mod client;
