@@ -798,7 +798,6 @@ mod tests {
             let mut out = Vec::new();
             io.turn(clock(), &mut out);
             std::thread::sleep(std::time::Duration::from_millis(20));
-            io.turn(clock(), &mut out);
             // The next client gets the number.
             let taken = listener.accept().unwrap().0;
             let number = rustix::io::fcntl_dupfd_cloexec(&taken, first.0).unwrap();
