@@ -216,8 +216,14 @@ impl<I: Io> Reactor<I> {
             },
         };
         if waits {
-            let at = data.len() - rest.len();
-            conn.input = Some((data, at));
+            // A connection that waits keeps none of the few receive buffers: the others need them.
+            let kept = if data.is_pooled() {
+                (RecvBuf::new(bytes::Bytes::copy_from_slice(rest)), 0)
+            } else {
+                let at = data.len() - rest.len();
+                (data, at)
+            };
+            conn.input = Some(kept);
             let counter = if starved { Counter::BufferStalls } else { Counter::BudgetStalls };
             if !std::mem::replace(&mut conn.listed, true) {
                 self.context.metrics().add(counter, 1);
