@@ -144,10 +144,10 @@ impl Config {
         let bad = |key, message: String| Err(ConfigError::Value { key, message });
         let chunk = u64::from(chunk_size);
         // Buffers are pieces of a power of two: one for a whole chunk must fit beside others, or its writer waits for ever.
-        if self.payload_buffers.0 < 4 * chunk {
-            return bad("payload_buffers", format!("at least four chunks of this disk, {}", ByteSize(4 * chunk)));
+        if self.payload_buffers.0 < 2 * chunk {
+            return bad("payload_buffers", format!("at least two chunks of this disk, {}", ByteSize(2 * chunk)));
         }
-        let reads = 2 * chunk + 2 * RESERVE as u64;
+        let reads = 2 * chunk + RESERVE as u64; // pieces of a read are rounded up, to less than twice their size
         if self.work_buffers.0 < reads {
             return bad("work_buffers", format!("at least {} for chunks of this disk", ByteSize(reads)));
         }
