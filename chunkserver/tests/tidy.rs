@@ -86,7 +86,8 @@ fn problems(check: impl Fn(&Source) -> Option<String>) -> Vec<String> {
 }
 
 fn room_of(path: &[&str]) -> Option<&'static str> {
-    let inside = |room: &str| room.split("::").count() <= path.len() && room.split("::").zip(path).all(|(a, &b)| a == b);
+    let inside =
+        |room: &str| room.split("::").count() <= path.len() && room.split("::").zip(path).all(|(a, &b)| a == b);
     ROOMS.iter().map(|room| room.0).filter(|room| inside(room)).max_by_key(|room| room.len())
 }
 
@@ -280,7 +281,8 @@ fn links_and_paths_in_documents_lead_somewhere() {
 
 #[test]
 fn decisions_are_numbered_and_complete() {
-    let names: Vec<String> = files(&[".md"]).into_iter().filter_map(|p| Some(p.strip_prefix("docs/decisions/")?.to_owned())).collect();
+    let names: Vec<String> =
+        files(&[".md"]).into_iter().filter_map(|p| Some(p.strip_prefix("docs/decisions/")?.to_owned())).collect();
     let numbered: Vec<&String> = names.iter().filter(|name| *name != "README.md").collect();
     let index = read("docs/decisions/README.md");
     for (number, name) in (1..).zip(&numbered) {

@@ -107,7 +107,8 @@ fn blank(text: &str) -> String {
 /// Where the comment, text or character that begins at `at` ends; `at` if none begins here.
 fn skip(chars: &[char], at: usize) -> usize {
     let is = |i: usize, c: char| chars.get(i) == Some(&c);
-    let find = |from: usize, stop: &dyn Fn(usize) -> bool| (from..chars.len()).find(|&i| stop(i)).unwrap_or(chars.len());
+    let find =
+        |from: usize, stop: &dyn Fn(usize) -> bool| (from..chars.len()).find(|&i| stop(i)).unwrap_or(chars.len());
     match chars[at] {
         '/' if is(at + 1, '/') => find(at, &|i| chars[i] == '\n'),
         '/' if is(at + 1, '*') => {
@@ -228,7 +229,8 @@ fn comments_texts_and_tests_are_taken_out() {
 
 #[test]
 fn groups_are_spread_out() {
-    let code = "use crate::{io::{self, Bufs, buffer::{Arena}}, limits}; fn f(x: crate::shard::Shard<u8>) { my_crate::no(); }";
+    let code =
+        "use crate::{io::{self, Bufs, buffer::{Arena}}, limits}; fn f(x: crate::shard::Shard<u8>) { my_crate::no(); }";
     let all: Vec<String> = paths(code, "crate").iter().map(|path| path.join("::")).collect();
     assert_eq!(all, ["io", "io::Bufs", "io::buffer::Arena", "limits", "shard::Shard"]);
 }
