@@ -347,7 +347,8 @@ fn raise_fd_limit() {
 fn start_logging(filter: &str) -> anyhow::Result<server::SetLog> {
     let parse = |text: &str| EnvFilter::try_new(text).map_err(|e| format!("log filter {text:?}: {e}"));
     let (layer, handle) = tracing_subscriber::reload::Layer::new(parse(filter).map_err(anyhow::Error::msg)?);
-    let output = tracing_subscriber::fmt::layer().with_writer(std::io::stderr).with_ansi(std::io::stderr().is_terminal());
+    let output =
+        tracing_subscriber::fmt::layer().with_writer(std::io::stderr).with_ansi(std::io::stderr().is_terminal());
     tracing_subscriber::registry().with(layer).with(output).init();
     Ok(Box::new(move |text| {
         let filter = EnvFilter::try_new(text).map_err(|e| format!("log filter {text:?}: {e}"))?;
