@@ -20,7 +20,7 @@ use std::sync::atomic::{AtomicI32, AtomicU16, AtomicU64, Ordering};
 /// Oldest kernel this was built for.
 pub const KERNEL_MIN: &str = "6.1";
 
-/// Why io_uring cannot be used here. There is no fallback engine (decision 0002).
+/// Why io_uring cannot be used here. There is no fallback engine (decision 0001).
 #[derive(Debug, thiserror::Error)]
 pub enum SetupError {
     /// The kernel has no io_uring.
