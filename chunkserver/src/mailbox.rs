@@ -115,7 +115,10 @@ impl Peer {
 
 impl Mailbox {
     fn peer(&mut self, shard: u16) -> &mut Peer {
-        self.peers.get_mut(usize::from(shard)).and_then(Option::as_mut).expect("a shard of this process other than self")
+        self.peers
+            .get_mut(usize::from(shard))
+            .and_then(Option::as_mut)
+            .expect("a shard of this process other than self")
     }
 
     /// Send work; it waits here until the receiver has room.
@@ -163,9 +166,10 @@ impl Mailbox {
     /// Is something waiting to be received?
     #[must_use]
     pub fn has_mail(&self) -> bool {
-        self.peers.iter().flatten().any(|p| {
-            !(p.replies_in.is_empty() && p.requests_in.is_empty() && p.connections_in.is_empty())
-        })
+        self.peers
+            .iter()
+            .flatten()
+            .any(|p| !(p.replies_in.is_empty() && p.requests_in.is_empty() && p.connections_in.is_empty()))
     }
 
     /// Who was sent something since the last call and must be woken.

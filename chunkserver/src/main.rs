@@ -318,7 +318,8 @@ fn copyset_command(command: CopysetCommand) -> anyhow::Result<Ctl> {
 fn parse_copysets(text: &str) -> anyhow::Result<Vec<(u32, u32)>> {
     let mut pairs = Vec::new();
     for part in text.split(',') {
-        let (pool, ids) = part.split_once(':').with_context(|| format!("{part:?}: write POOL:ID or POOL:FIRST-LAST"))?;
+        let (pool, ids) =
+            part.split_once(':').with_context(|| format!("{part:?}: write POOL:ID or POOL:FIRST-LAST"))?;
         let (first, last) = ids.split_once('-').unwrap_or((ids, ids));
         let (pool, first, last): (u32, u32, u32) = (pool.trim().parse()?, first.trim().parse()?, last.trim().parse()?);
         if first > last || last - first >= 1 << 16 {

@@ -61,7 +61,15 @@ pub fn run(config: &Config) -> anyhow::Result<ExitCode> {
     let (events, happened) = channel();
     watch_signals(events.clone())?;
 
-    let parts = Parts { config, disk: &disk, shared: &shared, catalog: catalog.shared(), bells: &bells, peer, sockets: &sockets };
+    let parts = Parts {
+        config,
+        disk: &disk,
+        shared: &shared,
+        catalog: catalog.shared(),
+        bells: &bells,
+        peer,
+        sockets: &sockets,
+    };
     let threads = parts.start_shards(ports, &events)?;
     let control = ControlSetup {
         socket: config.ctl_socket(),
@@ -92,12 +100,7 @@ pub fn run(config: &Config) -> anyhow::Result<ExitCode> {
 }
 
 /// Wait for the end, and bring it about in good order.
-fn supervise(
-    happened: &std::sync::mpsc::Receiver<Event>,
-    shared: &Shared,
-    bells: &Doorbells,
-    shards: u16,
-) -> ExitCode {
+fn supervise(happened: &std::sync::mpsc::Receiver<Event>, shared: &Shared, bells: &Doorbells, shards: u16) -> ExitCode {
     let mut running = shards;
     while running > 0 {
         match happened.recv() {
@@ -162,11 +165,8 @@ impl Parts<'_> {
         let mut threads = Vec::new();
         for (number, (mailbox, port)) in (0..layout.shards).zip(mesh(layout.shards).into_iter().zip(ports)) {
             let n = usize::from(number);
-            let arenas = Arenas {
-                payload: Arc::clone(&payload[n]),
-                work: Arc::clone(&work[n]),
-                all_payload: payload.clone(),
-            };
+            let arenas =
+                Arenas { payload: Arc::clone(&payload[n]), work: Arc::clone(&work[n]), all_payload: payload.clone() };
             let seed = Seed {
                 number,
                 ring: RingSetup {

@@ -254,7 +254,11 @@ impl Server {
         let volumes: Vec<Arc<Volume>> = self.catalog.borrow().catalog().deleting().cloned().collect();
         for volume in volumes {
             if let Err(error) = self.finish_deletion(&volume).await {
-                tracing::warn!(volume = volume.name(), error, "chunks of a deleted volume remain; the next start tries again");
+                tracing::warn!(
+                    volume = volume.name(),
+                    error,
+                    "chunks of a deleted volume remain; the next start tries again"
+                );
             }
         }
     }

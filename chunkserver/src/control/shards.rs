@@ -75,8 +75,7 @@ impl Shards {
     #[must_use]
     pub fn new(links: Links) -> Self {
         let Links { requests, mut replies, bells } = links;
-        let this =
-            Self { links: Rc::new(requests), bells, waiting: Rc::default(), serial: Rc::new(RefCell::new(0)) };
+        let this = Self { links: Rc::new(requests), bells, waiting: Rc::default(), serial: Rc::new(RefCell::new(0)) };
         let waiting = Rc::clone(&this.waiting);
         tokio_uring::spawn(async move {
             while let Some(reply) = replies.recv().await {

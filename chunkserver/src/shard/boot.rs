@@ -18,8 +18,14 @@ use std::sync::Arc;
 pub(super) enum Boot {
     /// Before anything is believed, it must be durable: a killed process's last writes may sit in the drive's cache.
     Sync,
-    Log { recovery: Option<Box<Recovery>>, started: Instant },
-    Metadata { loader: Option<Box<Loader>>, started: Instant },
+    Log {
+        recovery: Option<Box<Recovery>>,
+        started: Instant,
+    },
+    Metadata {
+        loader: Option<Box<Loader>>,
+        started: Instant,
+    },
     /// Other shards still read: no slot may be taken before all have said which are theirs.
     Others,
 }
@@ -102,7 +108,8 @@ impl Shard {
             };
             if let Some((offset, len)) = next {
                 let Some(mut buf) = self.arenas.work.alloc(len) else {
-                    return self.fail(Failure::Load("no buffer for start-up reads: the work arena is too small".into()));
+                    return self
+                        .fail(Failure::Load("no buffer for start-up reads: the work arena is too small".into()));
                 };
                 buf.truncate(len);
                 self.submit(out, Task::Boot, Op::Read { file: DISK, offset: base + offset, buf });
@@ -220,7 +227,8 @@ impl Shard {
             seed: self.config.seed ^ id.0.rotate_left(17),
             ..copyset::Config::new(id, self.config.peer, 0)
         };
-        let checkpoint = self.log.borrow().index(id).map(|i| (i.checkpoint().incarnation, i.checkpoint().applied_index));
+        let checkpoint =
+            self.log.borrow().index(id).map(|i| (i.checkpoint().incarnation, i.checkpoint().applied_index));
         let Some((incarnation, applied)) = checkpoint else {
             return Err(Failure::Copyset(id, "the log does not know it".into()));
         };

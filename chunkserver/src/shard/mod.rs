@@ -358,7 +358,8 @@ impl Shard {
         }
         let several: Vec<CopysetId> =
             self.groups.iter().filter(|(_, g)| g.raft.needs_ticks()).map(|(&id, _)| id).collect();
-        self.next_tick = if several.is_empty() { Instant::FAR } else { self.now.after_ms(self.config.election_ms / 10) };
+        self.next_tick =
+            if several.is_empty() { Instant::FAR } else { self.now.after_ms(self.config.election_ms / 10) };
         for id in several {
             if let Some(group) = self.groups.get_mut(&id) {
                 group.raft.tick();

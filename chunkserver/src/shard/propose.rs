@@ -76,12 +76,7 @@ impl Shard {
         let applied_index = self.groups.get(&id).map_or(0, |g| g.applied);
         if is_noop(&op) {
             let data = ReplyData::None;
-            return out.replies.push(Reply {
-                origin: request.origin,
-                outcome: Outcome::Success,
-                applied_index,
-                data,
-            });
+            return out.replies.push(Reply { origin: request.origin, outcome: Outcome::Success, applied_index, data });
         }
         let Some(header) = Header::of(chunk, &op) else { return };
         let (payload, crcs) = match &op {

@@ -4,8 +4,8 @@ use super::request::{Origin, Outcome, Reply, ReplyData};
 use super::{DISK, Effects, Shard, Task, reply};
 use crate::chunk::{Piece, ReadPlan, Verified};
 use crate::io::buffer::PoolBuf;
-use crate::metrics::Counter;
 use crate::io::{Errno, Op};
+use crate::metrics::Counter;
 use bytes::Bytes;
 use raftlog::CopysetId;
 use smallvec::SmallVec;
@@ -93,7 +93,13 @@ impl Shard {
             .iter()
             .enumerate()
             .filter(|&(i, _)| job.done.get(i).is_some_and(Option::is_none))
-            .filter_map(|(i, p)| if let Piece::Device { disk_offset, len, .. } = *p { Some((i, disk_offset, len as usize)) } else { None })
+            .filter_map(|(i, p)| {
+                if let Piece::Device { disk_offset, len, .. } = *p {
+                    Some((i, disk_offset, len as usize))
+                } else {
+                    None
+                }
+            })
             .collect();
         let needed: usize = device.iter().map(|d| d.2.next_power_of_two()).sum();
         if self.arenas.work.free_bytes() < needed + RESERVE {
