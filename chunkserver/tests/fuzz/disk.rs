@@ -258,19 +258,20 @@ impl Loads {
 }
 
 impl Target for Loads {
-    fn input(&mut self, rng: &mut Rng) {
+    fn input(&mut self, rng: &mut Rng) -> bool {
         let mut zones = rng.pick(&self.images).clone();
         self.mutate(&mut zones, rng);
         let bad = rng.one_in(8).then(|| {
             let zone = if rng.one_in(3) { self.layout.crc_offset } else { self.layout.meta_offset };
             zone + (rng.below(self.layout.slot_count as usize * 2) * BLOCK) as u64
         });
-        let Some((mut stores, _)) = load(&self.layout, &mut zones, &self.known, bad) else { return };
+        let Some((mut stores, _)) = load(&self.layout, &mut zones, &self.known, bad) else { return false };
         self.use_all(&mut stores, &mut zones, rng);
         drop(stores);
         let again = load(&self.layout, &mut zones, &self.known, None);
         assert!(again.is_some() || bad.is_some(), "what loaded once loads again");
         assert_eq!(self.arena.free_bytes(), self.arena.size());
+        true
     }
 }
 
@@ -305,7 +306,7 @@ fn seal_superblock(page: &mut [u8]) {
 }
 
 impl Target for Superblocks {
-    fn input(&mut self, rng: &mut Rng) {
+    fn input(&mut self, rng: &mut Rng) -> bool {
         let layout = rng.pick(&self.0);
         let mut head = [layout.encode(), layout.encode()].concat();
         for _ in 0..rng.below(5) {
@@ -330,6 +331,7 @@ impl Target for Superblocks {
         let size = if rng.one_in(8) { rng.number(layout.size) } else { layout.size };
         // The disk may have any size: try the one the superblock says, too.
         let said = u64::from_le_bytes(head[32..40].try_into().unwrap());
+        let mut taken = false;
         for size in [size, said] {
             let Ok(found) = Layout::decode(&head[..cut], size) else { continue };
             let page = found.encode();
@@ -338,7 +340,9 @@ impl Target for Superblocks {
             assert!(found.extent_range(found.extents() - 1).end == found.slot_count);
             assert!(found.log_offset_of(found.shards) <= found.meta_offset);
             assert!(found.metapage_offset(found.slot_count - 1, 1) < found.crc_offset);
+            taken = true;
             assert!(found.crcpage_offset(found.slot_count - 1, found.crc_pages() - 1, 1) < found.slots_offset);
         }
+        taken
     }
 }

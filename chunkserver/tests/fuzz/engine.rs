@@ -13,8 +13,9 @@ const SLOW: Duration = Duration::from_secs(20);
 
 /// Something that takes hostile bytes.
 pub(crate) trait Target {
-    /// One input, made with `rng`.
-    fn input(&mut self, rng: &mut Rng);
+    /// One input, made with `rng`. True if it was taken for valid as far as the target can tell: a share of nothing or of
+    /// everything means that the inputs are not worth much.
+    fn input(&mut self, rng: &mut Rng) -> bool;
     /// Forget what earlier inputs did. Called every [`Spec::every`] inputs.
     fn reset(&mut self) {}
 }
@@ -38,6 +39,7 @@ pub(crate) struct Spec {
 #[derive(Default)]
 pub(crate) struct Stats {
     pub(crate) inputs: u64,
+    pub(crate) accepted: u64,
     pub(crate) peak: isize,
     pub(crate) slowest: (Duration, u64),
     pub(crate) allocations: (u64, u64),
@@ -65,11 +67,12 @@ pub(crate) fn run(spec: &Spec, seed: u64, first: u64, mut stop: impl FnMut(u64) 
 fn one(spec: &Spec, target: &mut dyn Target, seed: u64, index: u64, stats: &mut Stats) {
     heap::at(spec.name, seed, index);
     let (before, count, started) = (heap::mark(), heap::count(), Instant::now());
-    target.input(&mut Rng::of(seed, index));
+    let accepted = target.input(&mut Rng::of(seed, index));
     let (peak, count, took) = (heap::peak() - before, heap::count() - count, started.elapsed());
     assert!(peak <= spec.heap_max as isize, "one input made {peak} bytes live");
     assert!(took < SLOW, "one input took {took:?}");
     stats.inputs += 1;
+    stats.accepted += u64::from(accepted);
     stats.peak = stats.peak.max(peak);
     stats.slowest = stats.slowest.max((took, index));
     stats.allocations = stats.allocations.max((count, index));

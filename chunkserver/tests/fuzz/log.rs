@@ -331,12 +331,12 @@ impl Recoveries {
 }
 
 impl Target for Recoveries {
-    fn input(&mut self, rng: &mut Rng) {
+    fn input(&mut self, rng: &mut Rng) -> bool {
         let mut image = rng.pick(&self.0).clone();
         mutate(&mut image, rng);
         let bad: Vec<u64> =
             (0..rng.below(8) / 6).map(|_| rng.below(image.len() / BLOCK) as u64 * BLOCK as u64).collect();
-        let Ok((mut log, report)) = recover(&image, &bad) else { return };
+        let Ok((mut log, report)) = recover(&image, &bad) else { return false };
         let what = said(&log);
         if rng.one_in(4) {
             let (again, report_again) = recover(&image, &bad).unwrap();
@@ -350,17 +350,20 @@ impl Target for Recoveries {
             drain(&mut log, &mut image);
         }
         let stuck = log.next_header().is_none() && log.index(fresh).is_some_and(|_| log.durable_commit(fresh) < 4);
-        start(log, rng);
+        let started = start(log, rng);
         // A log without a free segment may have to wait for space; otherwise all of it is there again.
         let (log, _) = recover(&image, &[]).expect("it was readable before");
         let known = log.index(fresh).map(raftlog::Index::last_index);
         assert!(stuck || !bad.is_empty() || known == Some(4), "acknowledged entries are gone: {known:?}");
+        // Beside the one made here.
+        started > 1
     }
 }
 
-/// Every copyset starts or is refused.
-fn start(log: Log, rng: &mut Rng) {
+/// Every copyset starts or is refused; how many started.
+fn start(log: Log, rng: &mut Rng) -> usize {
     let (ids, log) = (log.copysets(), Rc::new(RefCell::new(log)));
+    let mut started = 0;
     for id in ids {
         let conf = log.borrow().index(id).map(|index| ConfState::decode(&index.checkpoint().conf));
         let config = copyset::Config::new(id, 1, rng.next());
@@ -377,5 +380,7 @@ fn start(log: Log, rng: &mut Rng) {
             }
             copyset.tick();
         }
+        started += 1;
     }
+    started
 }

@@ -72,6 +72,8 @@ fn smoke(name: &str) {
     let spec = spec(name);
     let stats = run(spec, 1, 0, |done| done >= spec.smoke);
     assert!(stats.inputs >= spec.smoke);
+    let taken = stats.accepted * 100 / stats.inputs;
+    assert!((5..=98).contains(&taken), "{taken} % of the inputs are taken for valid: they are not worth much");
 }
 
 fn variable<T: std::str::FromStr>(name: &str) -> Option<T> {
@@ -101,10 +103,11 @@ fn long() {
         total += stats.inputs;
         let rate = stats.inputs as f64 / started.elapsed().as_secs_f64();
         println!(
-            "{:<12} seed {seed} {:>11} inputs {rate:>9.0}/s | most heap {:>8} B | most allocations {:>6} (input {}) | \
+            "{:<12} seed {seed} {:>11} inputs {rate:>9.0}/s | {:>2} % valid | most heap {:>8} B | most allocations {:>6} (input {}) | \
              slowest {:>7} us (input {})",
             spec.name,
             stats.inputs,
+            stats.accepted * 100 / stats.inputs.max(1),
             stats.peak,
             stats.allocations.0,
             stats.allocations.1,
@@ -113,4 +116,10 @@ fn long() {
         );
     }
     println!("total {total} inputs");
+}
+
+#[test]
+#[ignore = "for people"]
+fn list() {
+    TARGETS.iter().for_each(|spec| println!("{}", spec.name));
 }

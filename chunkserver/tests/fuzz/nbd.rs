@@ -10,7 +10,9 @@ use chunkserver::volume::Volume;
 use chunkserver::volume::catalog::{Catalog, SharedCatalog};
 use chunkserver::volume::io as volume_io;
 use chunkserver::volume::map::{Geometry, Shape};
-use proto::nbd::{ClientOption, MAX_OPTION, MAX_STRING, Negotiation, NegotiationError, Request, RequestDecoder};
+use proto::nbd::{
+    ClientOption, Command, MAX_OPTION, MAX_STRING, Negotiation, NegotiationError, Request, RequestDecoder,
+};
 use raftlog::CopysetId;
 use std::sync::Arc;
 
@@ -105,7 +107,7 @@ fn negotiate(stream: &[u8], cuts: &mut Cuts) -> Haggled {
 }
 
 impl Target for Options {
-    fn input(&mut self, rng: &mut Rng) {
+    fn input(&mut self, rng: &mut Rng) -> bool {
         let mut stream = negotiation(&self.0, rng);
         if rng.one_in(2) {
             self.0.mutate(&mut stream, rng);
@@ -117,6 +119,7 @@ impl Target for Options {
             }
         }
         assert_eq!(negotiate(&stream, &mut Cuts::new(rng)), whole, "any split gives the same");
+        whole.1.is_none()
     }
 }
 
@@ -173,7 +176,8 @@ fn decode(stream: &[u8], cuts: &mut Cuts) -> (Vec<Request>, bool) {
             match decoder.step(&mut input) {
                 Ok(None) => break,
                 Ok(Some(request)) => {
-                    if request.check(VOLUME, 4096, 1 << 25).is_ok() && request.length > 0 {
+                    let moves = !matches!(request.command, Command::Flush | Command::Disconnect);
+                    if moves && request.check(VOLUME, 4096, 1 << 25).is_ok() {
                         assert!(request.offset + u64::from(request.length) <= VOLUME);
                     }
                     skip = request.payload_len() as usize;
@@ -188,7 +192,7 @@ fn decode(stream: &[u8], cuts: &mut Cuts) -> (Vec<Request>, bool) {
 }
 
 impl Target for Requests {
-    fn input(&mut self, rng: &mut Rng) {
+    fn input(&mut self, rng: &mut Rng) -> bool {
         let mut stream = Vec::new();
         for _ in 0..1 + rng.below(6) {
             let header = header(rng);
@@ -202,6 +206,7 @@ impl Target for Requests {
         }
         let whole = decode(&stream, &mut Cuts::none());
         assert_eq!(decode(&stream, &mut Cuts::new(rng)), whole, "any split gives the same");
+        whole.1
     }
 }
 
@@ -312,7 +317,7 @@ fn drive(mut io: volume_io::VolumeIo, seed: u64) -> Result<volume_io::Pieces, vo
 }
 
 impl Target for Sessions {
-    fn input(&mut self, rng: &mut Rng) {
+    fn input(&mut self, rng: &mut Rng) -> bool {
         let mut stream = negotiation(&self.options, rng);
         if rng.one_in(3) {
             self.options.mutate(&mut stream, rng);
@@ -329,5 +334,6 @@ impl Target for Sessions {
         let split = self.run(&stream, &mut Cuts::new(rng), arena, seed);
         assert_eq!(split, whole, "any split gives the same");
         assert_eq!(arena.free_bytes(), arena.size(), "every buffer came back");
+        !whole.1
     }
 }

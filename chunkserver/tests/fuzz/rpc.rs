@@ -78,10 +78,11 @@ impl Connections {
         seen
     }
 
-    fn serve(&mut self, stream: &[u8], rng: &mut Rng) {
+    /// Whether any call got as far as a shard.
+    fn serve(&mut self, stream: &[u8], rng: &mut Rng) -> bool {
         let (mut connection, mut rest, mut cuts) = (Self::connection(), stream, Cuts::new(rng));
         let mut late = Vec::new();
-        let mut steps = 0;
+        let (mut steps, mut reached) = (0, false);
         'stream: while !rest.is_empty() {
             let mut input = cuts.piece(&mut rest);
             loop {
@@ -89,6 +90,7 @@ impl Connections {
                 let progress = connection.received(&mut input, &self.arena, &mut out);
                 for one in out {
                     let handled = handle(&self.ctx, Instant(5), one);
+                    reached |= !matches!(handled, Handled::Reply(_));
                     // Some are answered only when others have come; HTTP at once, for the rest waits for it.
                     late.push(handled);
                     if rng.one_in(2) {
@@ -123,6 +125,7 @@ impl Connections {
         send(&mut connection);
         assert_eq!((connection.requests(), connection.backlog_bytes()), (0, 0), "each is answered once");
         assert_eq!(self.ctx.shared().inflight(), 0);
+        reached
     }
 
     fn finish(&mut self, mut handled: Handled, connection: &mut Connection, rng: &mut Rng) {
@@ -175,21 +178,23 @@ fn describe(incoming: &Incoming) -> String {
 }
 
 impl Target for Connections {
-    fn input(&mut self, rng: &mut Rng) {
+    fn input(&mut self, rng: &mut Rng) -> bool {
         let mut stream = self.frames.stream(rng);
         if rng.one_in(200) {
             // A payload worth receiving in place.
             let size = 65536 * (1 + rng.below(15)) as u64;
             stream.extend(write(size));
         }
-        if rng.one_in(3) {
+        let reached = if rng.one_in(3) {
             let whole = self.incoming(&stream, &mut Cuts::none(), false);
             let split = self.incoming(&stream, &mut Cuts::new(rng), rng.one_in(2));
             assert_eq!(split, whole, "any split gives the same");
+            !whole.is_empty()
         } else {
-            self.serve(&stream, rng);
-        }
+            self.serve(&stream, rng)
+        };
         assert_eq!(self.arena.free_bytes(), self.arena.size(), "every buffer came back");
+        reached
     }
 
     fn reset(&mut self) {

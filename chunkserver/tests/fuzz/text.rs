@@ -89,9 +89,9 @@ impl Catalogs {
 }
 
 impl Target for Catalogs {
-    fn input(&mut self, rng: &mut Rng) {
+    fn input(&mut self, rng: &mut Rng) -> bool {
         let bytes = self.corpus.mutated(rng);
-        let Some(catalog) = self.read_sealed(bytes) else { return };
+        let Some(catalog) = self.read_sealed(bytes) else { return false };
         let mut names = 0;
         for volume in catalog.volumes().chain(catalog.deleting()) {
             let (size, geometry) = (volume.size(), volume.geometry());
@@ -109,6 +109,7 @@ impl Target for Catalogs {
             names += usize::from(export::find(&catalog, volume.name()).is_some());
         }
         assert!(names >= catalog.volumes().len());
+        true
     }
 }
 
@@ -149,17 +150,18 @@ impl Configs {
 }
 
 impl Target for Configs {
-    fn input(&mut self, rng: &mut Rng) {
+    fn input(&mut self, rng: &mut Rng) -> bool {
         let bytes = self.0.mutated(rng);
-        let Ok(text) = str::from_utf8(&bytes) else { return };
-        let Ok(config) = toml::from_str::<Config>(text) else { return };
+        let Ok(text) = str::from_utf8(&bytes) else { return false };
+        let Ok(config) = toml::from_str::<Config>(text) else { return false };
         let _ = (config.ctl_socket(), config.catalog());
         if config.check().is_err() {
-            return;
+            return false;
         }
-        let Ok(text) = toml::to_string(&config) else { return };
+        let Ok(text) = toml::to_string(&config) else { return true };
         let again: Config = toml::from_str(&text).expect("what is shown can be read");
         assert_eq!(format!("{again:?}"), format!("{config:?}"));
+        true
     }
 }
 
@@ -192,32 +194,27 @@ impl Codecs {
 }
 
 impl Target for Codecs {
-    fn input(&mut self, rng: &mut Rng) {
+    fn input(&mut self, rng: &mut Rng) -> bool {
         let which = rng.below(4);
         let bytes = self.0[which].mutated(rng);
         match which {
-            0 => {
-                if let Ok(conf) = ConfState::decode(&bytes) {
-                    assert_eq!(conf.encode(), bytes, "one form only");
-                    assert_eq!(ConfState::from_raft(&conf.to_raft(), conf.epoch), conf);
-                }
-            }
-            1 => {
-                if let Ok(change) = decode_change(&bytes) {
-                    assert_eq!(encode_change(&change), bytes, "one form only");
-                }
-            }
-            2 => {
-                if let Ok(header) = Header::decode(&bytes) {
-                    assert_eq!(&header.encode()[..], &bytes[..], "one form only");
-                }
-            }
-            _ => {
-                let Ok(text) = str::from_utf8(&bytes) else { return };
-                if let Ok(peer) = text.parse::<PeerId>() {
-                    assert_eq!(peer.to_string().parse::<PeerId>().ok(), Some(peer));
-                }
-            }
+            0 => ConfState::decode(&bytes).is_ok_and(|conf| {
+                assert_eq!(conf.encode(), bytes, "one form only");
+                assert_eq!(ConfState::from_raft(&conf.to_raft(), conf.epoch), conf);
+                true
+            }),
+            1 => decode_change(&bytes).is_ok_and(|change| {
+                assert_eq!(encode_change(&change), bytes, "one form only");
+                true
+            }),
+            2 => Header::decode(&bytes).is_ok_and(|header| {
+                assert_eq!(&header.encode()[..], &bytes[..], "one form only");
+                true
+            }),
+            _ => str::from_utf8(&bytes).ok().and_then(|text| text.parse::<PeerId>().ok()).is_some_and(|peer| {
+                assert_eq!(peer.to_string().parse::<PeerId>().ok(), Some(peer));
+                true
+            }),
         }
     }
 }

@@ -126,10 +126,11 @@ fn events(stream: &[u8], cuts: &mut Cuts) -> Vec<Event> {
 }
 
 impl Target for Frames {
-    fn input(&mut self, rng: &mut Rng) {
+    fn input(&mut self, rng: &mut Rng) -> bool {
         let stream = self.stream(rng);
         let whole = events(&stream, &mut Cuts::none());
         assert_eq!(events(&stream, &mut Cuts::new(rng)), whole, "any split gives the same");
+        matches!(whole.last(), Some(Event::End { idle: true, .. }))
     }
 }
 
@@ -143,16 +144,16 @@ impl Metas {
 }
 
 impl Target for Metas {
-    fn input(&mut self, rng: &mut Rng) {
+    fn input(&mut self, rng: &mut Rng) -> bool {
         let mut bytes = self.0.pick(rng);
         if rng.one_in(2) {
             protobuf(&mut bytes, rng, &self.0, 0);
         } else {
             self.0.mutate(&mut bytes, rng);
         }
-        let Ok(meta) = RpcMeta::decode(&Bytes::from(bytes)) else { return };
+        let Ok(meta) = RpcMeta::decode(&Bytes::from(bytes)) else { return false };
         let (service, method) = meta.names();
-        let (Ok(service), Ok(method)) = (str::from_utf8(service), str::from_utf8(method)) else { return };
+        let (Ok(service), Ok(method)) = (str::from_utf8(service), str::from_utf8(method)) else { return true };
         let log_id = meta.request.as_ref().and_then(|request| request.log_id);
         let head = RequestHead { service, method, log_id, correlation_id: meta.correlation_id };
         let mut out = BytesMut::new();
@@ -163,6 +164,7 @@ impl Target for Metas {
         assert_eq!(again.meta.names(), meta.names());
         assert_eq!(again.meta.correlation_id, meta.correlation_id);
         assert_eq!(again.meta.request.and_then(|request| request.log_id), log_id);
+        true
     }
 }
 
@@ -221,7 +223,7 @@ impl Bodies {
 }
 
 impl Target for Bodies {
-    fn input(&mut self, rng: &mut Rng) {
+    fn input(&mut self, rng: &mut Rng) -> bool {
         let (decode, corpus) = rng.pick(&self.0);
         let mut body = corpus.pick(rng);
         if rng.one_in(3) {
@@ -232,7 +234,7 @@ impl Target for Bodies {
             0 => corpus.mutate(&mut body, rng),
             _ => protobuf(&mut body, rng, corpus, 0),
         }
-        let _ = decode(body.into());
+        decode(body.into()).is_ok()
     }
 }
 
@@ -264,7 +266,7 @@ fn requests(stream: &[u8], cuts: &mut Cuts) -> Vec<HttpRequest> {
 }
 
 impl Target for Http {
-    fn input(&mut self, rng: &mut Rng) {
+    fn input(&mut self, rng: &mut Rng) -> bool {
         let mut stream = Vec::new();
         for _ in 0..1 + rng.below(3) {
             stream.extend(self.0.mutated(rng));
@@ -276,5 +278,6 @@ impl Target for Http {
         }
         let whole = requests(&stream, &mut Cuts::none());
         assert_eq!(requests(&stream, &mut Cuts::new(rng)), whole, "any split gives the same");
+        whole.iter().any(|request| request.problem.is_none())
     }
 }
