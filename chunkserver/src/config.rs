@@ -6,6 +6,8 @@ use serde::{Deserialize, Serialize};
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 
+const DAY_MS: u64 = 24 * 60 * 60 * 1000;
+
 /// Configuration of a server. Sizes are written as `"64MiB"`, durations end in their unit.
 #[derive(Clone, Debug, Deserialize, Serialize)]
 #[serde(deny_unknown_fields, default)]
@@ -117,11 +119,14 @@ impl Config {
         if self.dirty_limit.0 < 1 << 20 {
             return bad("dirty_limit", "at least 1MiB");
         }
-        if self.payload_buffers.0 < self.dirty_limit.0 * 3 / 2 {
+        if self.payload_buffers.0 < self.dirty_limit.0.saturating_add(self.dirty_limit.0 / 2) {
             return bad("payload_buffers", "at least one and a half times dirty_limit");
         }
         if self.work_buffers.0 < 16 << 20 {
             return bad("work_buffers", "at least 16MiB");
+        }
+        if self.flush_age_ms > DAY_MS {
+            return bad("flush_age_ms", "at most a day");
         }
         if self.flush_age_ms == 0 || self.max_inflight_requests == 0 {
             return bad("flush_age_ms, max_inflight_requests", "must not be 0");
@@ -160,6 +165,14 @@ mod tests {
         let text = toml::to_string(&config).unwrap();
         let again: Config = toml::from_str(&text).unwrap();
         assert_eq!(format!("{again:?}"), format!("{config:?}"));
+    }
+
+    #[test]
+    fn absurd_sizes_are_refused() {
+        let config = Config { dirty_limit: ByteSize(u64::MAX), ..Config::default() };
+        assert!(config.check().is_err());
+        let config = Config { flush_age_ms: u64::MAX, ..Config::default() };
+        assert!(config.check().is_err());
     }
 
     #[test]
