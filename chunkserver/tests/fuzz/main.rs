@@ -19,7 +19,7 @@ mod samples;
 mod text;
 mod wire;
 
-use engine::{Spec, Target, run};
+use engine::{Spec, Stats, Target, run};
 use std::time::{Duration, Instant};
 
 #[global_allocator]
@@ -95,27 +95,36 @@ fn long() {
     let first = variable("FUZZ_FROM").unwrap_or(0);
     let chosen: Vec<&Spec> = if name == "all" { TARGETS.iter().collect() } else { vec![spec(&name)] };
     let weights: u64 = chosen.iter().map(|spec| spec.weight).sum();
-    let mut total = 0;
+    let (mut total, mut failed) = (0, Vec::new());
     for spec in chosen {
         let share = Duration::from_secs_f64(seconds * spec.weight as f64 / weights as f64);
         let started = Instant::now();
-        let stats = run(spec, seed, first, |_| started.elapsed() >= share);
+        let run = || run(spec, seed, first, |_| started.elapsed() >= share);
+        let Ok(stats) = std::panic::catch_unwind(run) else {
+            failed.push(spec.name);
+            continue;
+        };
         total += stats.inputs;
-        let rate = stats.inputs as f64 / started.elapsed().as_secs_f64();
-        println!(
-            "{:<12} seed {seed} {:>11} inputs {rate:>9.0}/s | {:>2} % valid | most heap {:>8} B | most allocations {:>6} (input {}) | \
-             slowest {:>7} us (input {})",
-            spec.name,
-            stats.inputs,
-            stats.accepted * 100 / stats.inputs.max(1),
-            stats.peak,
-            stats.allocations.0,
-            stats.allocations.1,
-            stats.slowest.0.as_micros(),
-            stats.slowest.1,
-        );
+        report(spec.name, seed, started.elapsed(), &stats);
     }
+    heap::at("", 0, 0);
     println!("total {total} inputs");
+    assert!(failed.is_empty(), "failed: {failed:?}");
+}
+
+fn report(name: &str, seed: u64, took: Duration, stats: &Stats) {
+    let rate = stats.inputs as f64 / took.as_secs_f64();
+    println!(
+        "{name:<12} seed {seed} {:>11} inputs {rate:>9.0}/s | {:>2} % valid | most heap {:>8} B | most allocations {:>6} \
+         (input {}) | slowest {:>7} us (input {})",
+        stats.inputs,
+        stats.accepted * 100 / stats.inputs.max(1),
+        stats.peak,
+        stats.allocations.0,
+        stats.allocations.1,
+        stats.slowest.0.as_micros(),
+        stats.slowest.1,
+    );
 }
 
 #[test]
