@@ -9,6 +9,7 @@ use std::path::{Path, PathBuf};
 
 /// Block numbers of an arena have 32 bits; far below that, nobody has the memory.
 const MEMORY_MAX: u64 = 1 << 40;
+const DAY_MS: u64 = 24 * 60 * 60 * 1000;
 
 /// Configuration of a server. Sizes are written as `"64MiB"`, durations end in their unit.
 #[derive(Clone, Debug, Deserialize, Serialize)]
@@ -121,11 +122,14 @@ impl Config {
         if self.dirty_limit.0 < 1 << 20 {
             return bad("dirty_limit", "at least 1MiB");
         }
-        if self.payload_buffers.0 / 3 < self.dirty_limit.0 / 2 {
+        if self.payload_buffers.0 < self.dirty_limit.0.saturating_add(self.dirty_limit.0 / 2) {
             return bad("payload_buffers", "at least one and a half times dirty_limit");
         }
         if self.work_buffers.0 < 16 << 20 {
             return bad("work_buffers", "at least 16MiB");
+        }
+        if self.flush_age_ms > DAY_MS {
+            return bad("flush_age_ms", "at most a day");
         }
         if self.flush_age_ms == 0 || self.max_inflight_requests == 0 {
             return bad("flush_age_ms, max_inflight_requests", "must not be 0");
@@ -197,6 +201,14 @@ mod tests {
         assert!(small.check_disk(16 << 20).is_err());
         let huge = Config { dirty_limit: ByteSize(u64::MAX), payload_buffers: ByteSize(u64::MAX), ..Config::default() };
         assert!(huge.check().is_err() || huge.check_disk(1 << 20).is_err());
+    }
+
+    #[test]
+    fn absurd_sizes_are_refused() {
+        let config = Config { dirty_limit: ByteSize(u64::MAX), ..Config::default() };
+        assert!(config.check().is_err());
+        let config = Config { flush_age_ms: u64::MAX, ..Config::default() };
+        assert!(config.check().is_err());
     }
 
     #[test]
