@@ -16,8 +16,9 @@ use std::collections::VecDeque;
 #[derive(Default)]
 pub(crate) struct Chain {
     pub(crate) drafts: FxHashMap<CopysetId, Draft>,
-    /// First and last batch taken or known lost; 0 before any.
-    pub(crate) first: Seq,
+    /// First batch there can be a trace of, once anything was found.
+    pub(crate) first: Option<Seq>,
+    /// Last batch taken or known lost.
     pub(crate) last: Seq,
     /// CRC of batch `last`; 0 if it is lost.
     pub(crate) last_crc: u32,
@@ -39,9 +40,9 @@ impl Chain {
     pub(crate) fn offer(&mut self, found: Found) {
         let head = &found.head;
         self.durable = self.durable.max(head.durable_seq);
-        if self.first == 0 {
-            self.first = head.seq;
-            self.last = head.seq - 1;
+        if self.first.is_none() {
+            self.last = if head.seal { head.seq } else { head.seq - 1 };
+            self.first = Some(self.last + 1);
         }
         if head.seal {
             // Alone on its way when it was written: all before it is durable, so nothing can make it stale.

@@ -258,10 +258,13 @@ impl Log {
         }
         let front = self.queue.front()?;
         let place = self.segments.place(front.len(), self.flights.is_empty(), self.advertised)?;
-        let len = if place == Place::Seal { BLOCK } else { front.header_len() };
-        if place != Place::Seal {
+        let len = if place.seals() {
+            BLOCK
+        } else {
+            let len = front.header_len();
             self.queue.close_front();
-        }
+            len
+        };
         self.plan = Some((place, len));
         Some(len)
     }
@@ -272,19 +275,18 @@ impl Log {
     /// Without a `next_header` that said `Some`, or with a buffer of another length.
     pub fn take_write(&mut self, header: &mut [u8]) -> PendingWrite {
         let Some((place, _)) = self.plan.take() else { panic!("take_write follows next_header") };
-        let seal = place == Place::Seal;
+        let seal = place.seals();
         let mut batch = match seal {
             true => Batch::empty(self.taken),
             false => self.queue.pop().unwrap_or_default(),
         };
-        if place == Place::Rotate {
-            self.segments.rotate(batch.seq);
+        let rotate = matches!(place, Place::Rotate | Place::RotateSeal);
+        if rotate {
+            self.segments.rotate(self.taken + 1);
         }
         let alone = place != Place::Append;
-        let live_seq = match place {
-            Place::Rotate => self.advertised, // recovery skips what a segment's first header calls dead
-            _ => self.segments.live_seq(batch.seq),
-        };
+        // Recovery skips what a segment's first header calls dead, so that one says nothing new.
+        let live_seq = if rotate { self.advertised } else { self.segments.live_seq(batch.seq) };
         let offset = self.segments.take(batch.len());
         let head = Head {
             seal,

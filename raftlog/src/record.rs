@@ -162,8 +162,8 @@ fn plausible(h: &Head, geometry: &Geometry) -> bool {
     let covers =
         if h.seal { h.durable_seq == h.seq } else { h.durable_seq < h.seq && h.seq - h.durable_seq <= LAG_MAX };
     h.generation > 0
-        && (1..u64::MAX / 2).contains(&h.seq)
-        && (1..=h.seq).contains(&h.live_seq)
+        && (u64::from(!h.seal)..u64::MAX / 2).contains(&h.seq)
+        && (1..=h.seq.max(1)).contains(&h.live_seq)
         && covers
         && (BLOCK..=HEADER_MAX).contains(&header)
         && header.is_multiple_of(BLOCK)

@@ -195,7 +195,8 @@ impl Recovery {
         match data.and_then(|d| parse_head(d, &self.geometry, offset)) {
             Some(Parsed::Version(v)) => return self.fail(v),
             Some(Parsed::Head { head: h, .. }) => {
-                let (generation, first_seq, live_seq) = (h.generation, h.seq, h.live_seq);
+                let (generation, live_seq) = (h.generation, h.live_seq);
+                let first_seq = h.seq + u64::from(h.seal); // a seal repeats the number before
                 self.known.push(Known { slot, generation, first_seq, live_seq, cut: u64::MAX });
             }
             None => {
@@ -220,6 +221,8 @@ impl Recovery {
         self.known.sort_unstable_by_key(|k| (k.generation, k.first_seq));
         let live = self.known.last().map_or(0, |k| k.live_seq);
         self.generation = self.known.last().map_or(0, |k| k.generation);
+        // Also for judging: that start repeats what was durable when it was written, in a seal that may not be read.
+        self.chain.live = live;
         let mut cut = u64::MAX;
         for k in self.known.iter_mut().rev() {
             k.cut = cut;
@@ -280,8 +283,8 @@ impl Recovery {
             unreadable_blocks: self.unreadable,
             ..Report::default()
         };
-        if chain.first > chain.live && chain.live > 0 {
-            chain.lost.push((chain.live, chain.first - 1));
+        if let Some(first) = chain.first.filter(|first| *first > chain.live) {
+            chain.lost.push((chain.live, first - 1));
         }
         if self.tail_unreadable || chain.pending.iter().any(|f| f.unreadable) {
             // What cannot be read may have been acknowledged.
@@ -308,25 +311,28 @@ impl Recovery {
         let tail = Tail {
             last_seq: chain.last,
             prev_crc: chain.last_crc,
-            live_seq: chain.live.max(1),
+            live_seq: chain.live.clamp(1, chain.last.max(1)),
             covered: chain.durable,
             last_records: chain.last_records,
         };
-        Ok((Log::new(geometry, limits, segments, &tail, indexes), report))
+        let mut log = Log::new(geometry, limits, segments, &tail, indexes);
+        // Now, so that a log that goes on in a full segment can say it in the one block that is left there.
+        log.free_segments();
+        Ok((log, report))
     }
 
     /// Who lives and who is free. To be reused first: segments the log never reached (a torn first batch), then
     /// those never used, then the oldest.
     fn segments(&self) -> Segments {
         let (size, chain) = (self.geometry.segment_size, &self.chain);
-        let free = |slot: u32| Free { slot, until: 0 };
+        let free = |slot: u32| Free { slot, until: 0, torn: false };
         let ended = self.known.iter().position(|k| u64::from(k.slot) == chain.end.saturating_sub(1) / size);
         let reached = match ended {
             Some(nth) if chain.end > 0 => nth + 1,
             _ => 0,
         };
         let (reached, beyond) = self.known.split_at(reached);
-        let mut queue: VecDeque<Free> = beyond.iter().map(|k| free(k.slot)).collect();
+        let mut queue: VecDeque<Free> = beyond.iter().map(|k| Free { torn: true, ..free(k.slot) }).collect();
         queue.extend(self.unused.iter().map(|slot| free(*slot)));
         queue.extend(self.dead.iter().map(|k| free(k.slot)));
         let mut live = VecDeque::new();

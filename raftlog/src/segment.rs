@@ -5,9 +5,10 @@
 //! * a freed segment is reused only when a durable header says (`live_seq`) that it is not needed;
 //! * the first batch of a segment is written alone: when it exists, everything before it is durable;
 //! * the last block of a segment is kept for the seal that advertises `live_seq` when nothing else did;
-//! * a restart opens a new segment. With none free it goes on in the segment the log ended in, and there the first
-//!   write is a seal, alone: it wipes the header of the torn batch. (Writing the same records again in that place
-//!   could complete the torn batch, and then an unacknowledged one behind it would chain.)
+//! * a restart opens a new segment; with none free it goes on in the segment the log ended in. Wherever it would
+//!   write over a batch that recovery dropped, the first write is a seal, alone: it wipes that batch's header.
+//!   (Writing the same records again in that place could complete the torn batch, and then it, and an
+//!   unacknowledged one behind it, would be back.)
 
 use crate::{BLOCK, Geometry, Seq};
 use std::collections::VecDeque;
@@ -27,6 +28,8 @@ pub(crate) struct Segment {
 pub(crate) struct Free {
     pub(crate) slot: u32,
     pub(crate) until: Seq,
+    /// It starts with a batch that recovery dropped.
+    pub(crate) torn: bool,
 }
 
 /// Where the next batch goes.
@@ -36,8 +39,17 @@ pub(crate) enum Place {
     Append,
     /// Into a fresh segment, alone.
     Rotate,
+    /// First a seal, alone, into a fresh segment that starts with a dropped batch.
+    RotateSeal,
     /// First a seal in the active segment, alone.
     Seal,
+}
+
+impl Place {
+    /// Whether a seal goes first.
+    pub(crate) fn seals(self) -> bool {
+        matches!(self, Self::Seal | Self::RotateSeal)
+    }
 }
 
 /// All segments of a zone.
@@ -87,10 +99,14 @@ impl Segments {
             return Some(Place::Append);
         }
         let next = self.free.front().filter(|_| idle)?;
-        if next.until <= advertised { Some(Place::Rotate) } else { seal }
+        match (next.until <= advertised, next.torn) {
+            (true, false) => Some(Place::Rotate),
+            (true, true) => Some(Place::RotateSeal),
+            (false, _) => seal,
+        }
     }
 
-    /// Opens the next free segment for batch `seq`.
+    /// Opens the next free segment; batch `seq` is the first in it.
     pub(crate) fn rotate(&mut self, seq: Seq) {
         if let Some(free) = self.free.pop_front() {
             self.live.push_back(Segment { slot: free.slot, first_seq: seq, end: 0 });
@@ -117,7 +133,7 @@ impl Segments {
             if next.first_seq > need {
                 break;
             }
-            self.free.push_back(Free { slot: oldest.slot, until: next.first_seq });
+            self.free.push_back(Free { slot: oldest.slot, until: next.first_seq, torn: false });
             self.live.pop_front();
             count += 1;
         }

@@ -204,6 +204,43 @@ proptest! {
     }
 }
 
+/// A log of record batches, one copyset each, from (generation, seq, live, prev_crc or "the right one").
+fn forged(batches: &[(u64, u64, u64, Option<u32>)]) -> Vec<CopysetId> {
+    let g = geometry(128 << 10, 3);
+    let mut disk = Disk::new(&g);
+    let mut prev = 0;
+    for (nth, (generation, seq, live, crc)) in batches.iter().enumerate() {
+        let conf = [0u8; 24];
+        let body = record(3, 2, *seq, 1, [0, 0, 0], 0, &conf);
+        let offset = (nth * BLOCK) as u64;
+        let head = Head {
+            flags: 0,
+            generation: *generation,
+            seq: *seq,
+            durable: 0,
+            live: *live,
+            prev_crc: crc.unwrap_or(prev),
+            offset,
+            count: 1,
+            payload_len: 0,
+        };
+        let bytes = encode(&head, &body, BLOCK);
+        prev = u32::from_le_bytes(bytes[8..12].try_into().unwrap());
+        disk.land(offset, &bytes);
+    }
+    disk.open(g, LIMITS).copysets()
+}
+
+#[test]
+fn a_batch_counts_only_in_its_place_in_the_chain() {
+    let ids = |n: &[u64]| n.iter().copied().map(CopysetId).collect::<Vec<_>>();
+    assert_eq!(forged(&[(5, 1, 1, None), (5, 2, 1, None), (6, 3, 1, None)]), ids(&[1, 2, 3]));
+    assert_eq!(forged(&[(5, 1, 1, None), (5, 2, 1, Some(77)), (5, 3, 1, None)]), ids(&[1]), "another predecessor");
+    assert_eq!(forged(&[(5, 1, 1, None), (4, 2, 1, None)]), ids(&[1]), "an older generation");
+    assert_eq!(forged(&[(5, 1, 1, None), (5, 3, 1, None)]), ids(&[1]), "a hole");
+    assert_eq!(forged(&[(5, 1, 1, None), (5, 2, 2, None)]), ids(&[2]), "a copyset that died before live_seq");
+}
+
 #[test]
 fn impossible_geometries_are_refused() {
     for g in [geometry(4096, 4), geometry(20_000, 4), geometry(1 << 20, 1), geometry(!4095, 4), geometry(0, 0)] {

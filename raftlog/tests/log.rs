@@ -281,3 +281,35 @@ fn five_hundred_empty_entries_are_one_batch_and_payloads_never_exceed_a_vectored
     wide.drain(&mut log);
     assert_eq!(log.durable_seq(), 3);
 }
+
+#[test]
+fn the_first_batch_of_a_segment_travels_alone() {
+    let (mut disk, mut log) = start(32 << 10, 4);
+    log.append(ID, entries(1..=1, 5), None);
+    assert_eq!(disk.submit(&mut log), 1); // the segment is full
+    log.append(ID, entries(2..=2, 1), None);
+    assert_eq!(disk.submit(&mut log), 0, "not before all of the old segment is durable");
+    disk.complete(&mut log, 0);
+    assert_eq!(disk.submit(&mut log), 1);
+    log.append(ID, entries(3..=3, 1), None);
+    assert_eq!(disk.submit(&mut log), 0, "nothing beside it");
+    disk.complete(&mut log, 0);
+    log.append(ID, entries(4..=4, 0), None);
+    assert_eq!((disk.submit(&mut log), log.append(ID, entries(5..=5, 0), None), disk.submit(&mut log)), (1, 5, 1));
+}
+
+#[test]
+fn a_purge_frees_nothing_before_it_is_durable() {
+    let (mut disk, mut log) = start(32 << 10, 4);
+    let other = CopysetId(8);
+    log.append(ID, entries(1..=1, 5), None);
+    disk.drain(&mut log);
+    log.checkpoint(other, checkpoint(0, 0, 2));
+    disk.drain(&mut log);
+    assert_eq!((log.pinning(), log.free_segments()), (vec![ID], 0));
+    log.purge(ID);
+    disk.submit(&mut log);
+    assert_eq!(log.free_segments(), 0);
+    disk.complete(&mut log, 0);
+    assert_eq!(log.free_segments(), 1);
+}

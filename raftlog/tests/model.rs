@@ -13,6 +13,7 @@ const LIMITS: Limits = Limits { batch_bytes_max: 64 << 10, writes_in_flight: 2 }
 struct World {
     rng: Rng,
     geometry: Geometry,
+    limits: Limits,
     disk: Disk,
     log: Log,
     /// State now, and after each batch that ended an operation.
@@ -20,7 +21,7 @@ struct World {
     after: Vec<(Seq, State)>,
     acked: Seq,
     /// Completed before the batch in front of it.
-    early: Option<Seq>,
+    early: Vec<Seq>,
     stamp: u64,
     lives: u64,
     freed: usize,
@@ -29,13 +30,13 @@ struct World {
 }
 
 impl World {
-    fn new(seed: u64, geometry: Geometry) -> Self {
+    fn new(seed: u64, geometry: Geometry, limits: Limits) -> Self {
         let disk = Disk::new(&geometry);
-        let log = disk.open(geometry, LIMITS);
+        let log = disk.open(geometry, limits);
         let (now, after) = (State::new(), vec![(0, State::new())]);
         let (acked, stamp, lives, freed, survived, vanished) = (0, 1, 1, 0, 0, 0);
-        let (rng, early) = (Rng(seed), None);
-        Self { rng, geometry, disk, log, now, after, acked, early, stamp, lives, freed, survived, vanished }
+        let (rng, early) = (Rng(seed), Vec::new());
+        Self { rng, geometry, limits, disk, log, now, after, acked, early, stamp, lives, freed, survived, vanished }
     }
 
     fn did(&mut self, seq: Seq) {
@@ -156,7 +157,7 @@ impl World {
             for round in 0..=rounds {
                 self.settle();
                 assert_eq!(self.log.durable_seq(), self.after.last().unwrap().0, "the log is stuck");
-                if self.log.space_for_entries() > 64 << 10 {
+                if self.log.space_for_entries() > (64 << 10).min(self.geometry.segment_size / 4) {
                     break;
                 }
                 assert!(round < rounds, "no space after all was re-logged");
@@ -179,7 +180,7 @@ impl World {
 
     fn complete(&mut self) {
         let at = self.rng.below(self.disk.flying.len() as u64) as usize;
-        self.early = Some(self.disk.flying[at].seq);
+        self.early.push(self.disk.flying[at].seq);
         if let Some(seq) = self.disk.complete(&mut self.log, at) {
             assert!(seq > self.acked);
             self.acked = seq;
@@ -189,7 +190,7 @@ impl World {
 
     fn io(&mut self) {
         self.disk.submit(&mut self.log);
-        assert!(self.disk.flying.len() <= LIMITS.writes_in_flight);
+        assert!(self.disk.flying.len() <= self.limits.writes_in_flight);
         if !self.disk.flying.is_empty() && self.rng.one_in(2) {
             self.complete();
         }
@@ -229,7 +230,7 @@ impl World {
             _ => self.io(),
         }
         if self.rng.one_in(16) {
-            assert_eq!(state(&self.log, &self.disk), self.now);
+            assert!(state(&self.log, &self.disk) == self.now);
         }
     }
 
@@ -264,23 +265,25 @@ impl World {
             } else {
                 self.vanished += 1;
             }
-            want += u64::from(self.early == Some(want + 1));
+            while self.early.contains(&(want + 1)) {
+                want += 1;
+            }
         }
         self.recover(want);
     }
 
     fn recover(&mut self, want: Seq) {
-        let (log, report) = self.disk.recover(self.geometry, LIMITS).unwrap();
+        let (log, report) = self.disk.recover(self.geometry, self.limits).unwrap();
         assert_eq!((&report.rot, &report.suspects), (&vec![], &vec![]), "a crash is not rot");
         assert_eq!(log.durable_seq(), want, "acknowledged {}", self.acked);
         let at = self.after.iter().rposition(|(seq, _)| *seq <= want).unwrap();
         let expect = self.after[at].1.clone();
-        assert_eq!(state(&log, &self.disk), expect);
+        assert!(state(&log, &self.disk) == expect, "another state than after batch {want}");
         for (id, copy) in &expect {
             assert_eq!(log.durable_commit(*id), copy.hard_state.commit);
         }
         (self.now, self.after) = (expect.clone(), vec![(want, expect)]);
-        (self.log, self.acked, self.early) = (log, want, None);
+        (self.log, self.acked, self.early) = (log, want, Vec::new());
         self.lives += 1;
         // Nobody lives on without having read the tail back.
         for id in self.log.copysets() {
@@ -289,8 +292,8 @@ impl World {
     }
 }
 
-fn run(seed: u64, geometry: Geometry, steps: u64, crash: u64) -> World {
-    let mut w = World::new(seed, geometry);
+fn run(seed: u64, geometry: Geometry, limits: Limits, steps: u64, crash: u64) -> World {
+    let mut w = World::new(seed, geometry, limits);
     for _ in 0..steps {
         w.step();
         if w.rng.one_in(crash) {
@@ -307,7 +310,7 @@ fn recovery_equals_the_model() {
     let (mut freed, mut lives, mut survived, mut vanished) = (0, 0, 0, 0);
     for seed in 0..60 {
         let segments = 4 + (seed % 3) as u32;
-        let w = std::panic::catch_unwind(|| run(seed, geometry(256 << 10, segments), 700, 60));
+        let w = std::panic::catch_unwind(|| run(seed, geometry(256 << 10, segments), LIMITS, 700, 60));
         let w = w.unwrap_or_else(|_| panic!("seed {seed}"));
         freed += w.freed;
         lives += w.lives;
@@ -323,7 +326,19 @@ fn recovery_equals_the_model() {
 #[test]
 fn crash_after_crash_never_runs_out_of_segments() {
     for seed in 100..120 {
-        let w = std::panic::catch_unwind(|| run(seed, geometry(256 << 10, 3), 500, 6));
+        let w = std::panic::catch_unwind(|| run(seed, geometry(256 << 10, 3), LIMITS, 500, 6));
         w.unwrap_or_else(|_| panic!("seed {seed}"));
     }
+}
+
+#[test]
+fn crashes_around_the_change_of_segments() {
+    // No append is larger than a batch, so none is split.
+    let limits = Limits { batch_bytes_max: 40 << 10, writes_in_flight: 4 };
+    let mut freed = 0;
+    for seed in 200..400 {
+        let w = std::panic::catch_unwind(|| run(seed, geometry(44 << 10, 12), limits, 500, 25));
+        freed += w.unwrap_or_else(|_| panic!("seed {seed}")).freed;
+    }
+    assert!(freed > 1000, "{freed}");
 }

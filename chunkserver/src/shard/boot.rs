@@ -16,6 +16,8 @@ use std::sync::Arc;
 
 /// How far start-up is.
 pub(super) enum Boot {
+    /// Before anything is believed, it must be durable: a killed process's last writes may sit in the drive's cache.
+    Sync,
     Log { recovery: Option<Box<Recovery>>, started: Instant },
     Metadata { loader: Option<Box<Loader>>, started: Instant },
     /// Other shards still read: no slot may be taken before all have said which are theirs.
@@ -36,7 +38,6 @@ impl Shard {
         now: Instant,
     ) -> Result<Self, Failure> {
         let geometry = log_geometry(&layout, config.shard);
-        let recovery = Some(Box::new(Recovery::new(geometry, Limits::default())));
         let log = Recovery::blank(geometry, Limits::default()).map_err(|e| Failure::Recovery(e.to_string()))?;
         let log = Rc::new(RefCell::new(log));
         let store = Store::blank(&layout, config.shard, Arc::clone(&extents));
@@ -59,13 +60,14 @@ impl Shard {
             proposed_cost: 0,
             admin: Vec::new(),
             flush: flush::Flush::new(now),
-            state: State::Boot(Boot::Log { recovery, started: now }),
+            state: State::Boot(Boot::Sync),
             extents,
             replaying: Vec::new(),
             replay_over: false,
             lost: Vec::new(),
             now,
             next_tick: now,
+            seal_at: Instant::FAR,
             incarnations: 0,
             effects: Vec::new(),
             counted: chunk::Counters::default(),
@@ -88,6 +90,9 @@ impl Shard {
         }
         loop {
             let State::Boot(boot) = &mut self.state else { return };
+            if matches!(boot, Boot::Sync) {
+                return self.submit(out, Task::Boot, Op::Sync { file: DISK });
+            }
             let (base, next) = match boot {
                 Boot::Log { recovery: Some(recovery), .. } => {
                     (self.layout.log_offset_of(self.config.shard), recovery.next_read())
@@ -107,6 +112,12 @@ impl Shard {
                 return;
             }
         }
+    }
+
+    pub(super) fn boot_synced(&mut self) {
+        let geometry = log_geometry(&self.layout, self.config.shard);
+        let recovery = Some(Box::new(Recovery::new(geometry, Limits::default())));
+        self.state = State::Boot(Boot::Log { recovery, started: self.now });
     }
 
     pub(super) fn boot_read(&mut self, buf: &PoolBuf, result: Result<(), Errno>) {
@@ -132,7 +143,7 @@ impl Shard {
                 loader.map_or(Ok(()), |loader| self.metadata_loaded(*loader, started))
             }
             Boot::Others if self.extents.is_loaded() => self.start_copysets(),
-            Boot::Others => return false,
+            Boot::Others | Boot::Sync => return false,
         };
         if let Err(failure) = result {
             self.fail(failure);

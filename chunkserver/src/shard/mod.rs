@@ -32,6 +32,9 @@ use std::sync::Arc;
 /// The disk of a shard, as the reactor numbers files.
 pub const DISK: FileId = FileId(0);
 
+/// An idle log is sealed after this, milliseconds.
+const SEAL_AFTER_MS: u64 = 1_000;
+
 /// What a shard is told at start.
 #[derive(Clone, Debug)]
 pub struct Config {
@@ -173,6 +176,8 @@ pub struct Shard {
     counted: chunk::Counters,
     now: Instant,
     next_tick: Instant,
+    /// When an idle log says that all of it is durable (rule 5).
+    seal_at: Instant,
     incarnations: u64,
     effects: Vec<Effect>,
     metrics: Arc<ShardMetrics>,
@@ -205,6 +210,8 @@ impl Shard {
         let Some(task) = self.tasks.try_remove(number as usize) else { return };
         match (task, completion.done) {
             (Task::Boot, Done::Read { buf, result }) => self.boot_read(&buf, result),
+            (Task::Boot, Done::Sync(Ok(()))) => self.boot_synced(),
+            (Task::Boot, Done::Sync(Err(error))) => self.fail(Failure::LogWrite(error)),
             (Task::LogWrite(id), Done::Write(Ok(()))) => self.log_written(id),
             (Task::LogWrite(_), Done::Write(Err(error))) => self.fail(Failure::LogWrite(error)),
             (Task::Round(id), Done::Write(Ok(())) | Done::Sync(Ok(()))) => self.store.io_done(id),
@@ -241,6 +248,11 @@ impl Shard {
             }
         }
         self.flush_step(out);
+        if self.seal_at <= self.now {
+            // None: said already, or something is under way, which will set the time anew.
+            self.log.borrow_mut().seal();
+            self.seal_at = Instant::FAR;
+        }
         self.write_log(out);
         self.start_waiting_reads(out);
         self.replay_step();
@@ -252,7 +264,7 @@ impl Shard {
     #[must_use]
     pub fn deadline(&self) -> Instant {
         match self.state {
-            State::Serving | State::Draining { .. } => self.flush_deadline().min(self.next_tick),
+            State::Serving | State::Draining { .. } => self.flush_deadline().min(self.next_tick).min(self.seal_at),
             State::Boot(_) => self.boot_deadline(),
             State::Stopped | State::Failed(_) => Instant::FAR,
         }
@@ -400,6 +412,7 @@ impl Shard {
             let write = self.log.borrow_mut().take_write(&mut header);
             let offset = self.layout.log_offset_of(self.config.shard) + write.offset;
             let payload: usize = write.payloads.iter().map(Bytes::len).sum();
+            self.seal_at = self.now.after_ms(SEAL_AFTER_MS);
             self.metrics.add(Counter::LogWrites, 1);
             self.metrics.add(Counter::LogBytes, (len + payload) as u64);
             let bufs = std::iter::once(header.freeze()).chain(write.payloads).collect();
