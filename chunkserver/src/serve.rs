@@ -346,7 +346,8 @@ fn raise_fd_limit() {
 fn start_logging(filter: &str) -> anyhow::Result<server::SetLog> {
     let parse = |text: &str| EnvFilter::try_new(text).map_err(|e| format!("log filter {text:?}: {e}"));
     let (layer, handle) = tracing_subscriber::reload::Layer::new(parse(filter).map_err(anyhow::Error::msg)?);
-    let output = tracing_subscriber::fmt::layer().with_writer(std::io::stderr);
+    let colours = std::io::IsTerminal::is_terminal(&std::io::stderr());
+    let output = tracing_subscriber::fmt::layer().with_writer(std::io::stderr).with_ansi(colours);
     tracing_subscriber::registry().with(layer).with(output).init();
     Ok(Box::new(move |text| {
         let filter = EnvFilter::try_new(text).map_err(|e| format!("log filter {text:?}: {e}"))?;
