@@ -86,7 +86,8 @@ fn calls_that_cannot_be_served_get_the_code_and_the_connection_stays() {
         assert!(!answer.error_text.is_empty() && answer.message.is_empty() && answer.attachment.is_empty(), "{what}");
         assert_eq!(client.data(1, 1, 0, BLOCK), block, "after: {what}");
     }
-    let nobody = client.call("curve.chunkserver.CliService2", "GetLeader", &Message::default().int(1, 1).int(2, 9), &[]);
+    let nobody =
+        client.call("curve.chunkserver.CliService2", "GetLeader", &Message::default().int(1, 1).int(2, 9), &[]);
     assert_eq!(nobody.error_code, 2, "ENOENT");
     assert_eq!(client.call("ChunkService", "ReadChunk", &good, &[]).status(), SUCCESS, "short names are found");
 }
@@ -115,7 +116,8 @@ fn frames_in_any_pieces_and_many_at_once() {
         many.extend(write_frame(cid, 1 + cid % 3, 2, cid / 3 * BLOCK as u64, &data));
     }
     client.send(&many);
-    let mut seen: Vec<u64> = (0..300).map(|_| client.receive()).inspect(|r| assert_eq!(r.status(), 0)).map(|r| r.cid).collect();
+    let mut seen: Vec<u64> =
+        (0..300).map(|_| client.receive()).inspect(|r| assert_eq!(r.status(), 0)).map(|r| r.cid).collect();
     seen.sort_unstable();
     assert_eq!(seen, (0..300).collect::<Vec<_>>());
     for cid in 0..300u64 {

@@ -22,4 +22,5 @@ mod slow;
 mod space;
 mod stop;
 #[path = "../serve/wire.rs"]
+#[allow(dead_code)] // the service tests use more of it
 mod wire;

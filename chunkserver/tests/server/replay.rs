@@ -105,7 +105,8 @@ fn the_originals_answers() {
         }
         let mut expected = normal(responses(&hex(&field("response"))).remove(0), &method);
         own_addresses(&mut expected, &lab.peer());
-        let frame = if method == "CreateCopysetNode2" { create(expected.cid, &lab.peer()) } else { hex(&field("request")) };
+        let frame =
+            if method == "CreateCopysetNode2" { create(expected.cid, &lab.peer()) } else { hex(&field("request")) };
         client.send(&frame);
         let mut seen = normal(client.receive(), &method);
         if method == "CreateCopysetNode2" {
