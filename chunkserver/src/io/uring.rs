@@ -76,6 +76,11 @@ pub fn probe() -> Result<(), SetupError> {
     Ok(())
 }
 
+fn supports(ring: &IoUring, code: u8) -> bool {
+    let mut probe = io_uring::Probe::new();
+    ring.submitter().register_probe(&mut probe).is_ok() && probe.is_supported(code)
+}
+
 fn build(entries: u32) -> Result<IoUring, SetupError> {
     let mut builder = IoUring::builder();
     builder.setup_single_issuer().setup_defer_taskrun().setup_taskrun_flag().setup_submit_all();
@@ -191,6 +196,8 @@ pub struct Uring {
     listeners: Vec<RawFd>,
     regions: Vec<(usize, usize)>,
     fixed: bool,
+    /// The kernel takes vectored writes from registered memory (6.15).
+    writev_fixed: bool,
     recv: RecvRing,
     #[expect(clippy::vec_box, reason = "the kernel holds pointers into a flight: its address must not change")]
     flights: Vec<Box<Flight>>,
@@ -230,11 +237,11 @@ impl Uring {
         setup.doorbells.rings[usize::from(setup.shard)].store(ring.as_raw_fd(), Ordering::Release);
         let regions = setup.arenas.iter().map(|a| (a.region().0 as usize, a.region().1)).collect();
         let mut this = Self {
-            ring,
             shard: setup.shard,
             listeners: setup.listeners,
             regions,
             fixed,
+            writev_fixed: supports(&ring, opcode::WritevFixed::CODE),
             recv,
             flights: Vec::new(),
             free: Vec::new(),
@@ -243,6 +250,7 @@ impl Uring {
             doorbell_value: Box::new(0),
             now: clock(),
             counters: Arc::default(),
+            ring,
         };
         this.watch_doorbell();
         Ok(this)
@@ -292,6 +300,13 @@ impl Uring {
         self.regions.iter().position(|&(base, size)| at >= base && at + len <= base + size).map(|i| i as u16)
     }
 
+    /// The registered region that holds all of these, if one does.
+    fn common_region(&self, iov: &[libc::iovec]) -> Option<u16> {
+        let mut regions = iov.iter().map(|v| self.region(v.iov_base.cast_const().cast(), v.iov_len));
+        let first = regions.next()??;
+        regions.all(|region| region == Some(first)).then_some(first)
+    }
+
     fn enter(&mut self, wait_ns: u64) {
         self.counters.enters.store(self.counters.enters.load(Ordering::Relaxed) + 1, Ordering::Relaxed);
         let timeout = Timespec::new().sec(wait_ns / 1_000_000_000).nsec((wait_ns % 1_000_000_000) as u32);
@@ -325,13 +340,17 @@ impl Uring {
         let len = fill_iov(&flight.bufs, 0, &mut flight.iov);
         flight.kind = Kind::Write { len };
         let flags = if dsync { libc::RWF_DSYNC } else { 0 };
-        let (iov, count) = (flight.iov.as_ptr(), flight.iov.len());
-        let single = (count == 1).then(|| (flight.bufs[0].as_ptr(), flight.bufs[0].len()));
-        let entry = match single.and_then(|(ptr, len)| Some((ptr, len, self.region(ptr, len)?))) {
-            Some((ptr, len, index)) => {
-                opcode::WriteFixed::new(Fixed(file), ptr, len as u32, index).offset(offset).rw_flags(flags).build()
+        let iov = &self.flights[slot as usize].iov;
+        let (start, count) = (iov.as_ptr(), iov.len() as u32);
+        let entry = match (iov.as_slice(), self.common_region(iov)) {
+            ([one], Some(index)) => {
+                let (ptr, len) = (one.iov_base.cast_const().cast(), one.iov_len as u32);
+                opcode::WriteFixed::new(Fixed(file), ptr, len, index).offset(offset).rw_flags(flags).build()
             }
-            None => opcode::Writev::new(Fixed(file), iov, count as u32).offset(offset).rw_flags(flags).build(),
+            (_, Some(index)) if self.writev_fixed => {
+                opcode::WritevFixed::new(Fixed(file), start, count, index).offset(offset).rw_flags(flags).build()
+            }
+            _ => opcode::Writev::new(Fixed(file), start, count).offset(offset).rw_flags(flags).build(),
         };
         self.push(&entry.user_data(u64::from(slot)));
     }
