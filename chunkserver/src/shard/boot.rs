@@ -54,6 +54,7 @@ impl Shard {
             waiting: Slab::with_capacity(1024),
             reads: Slab::with_capacity(256),
             read_queue: VecDeque::new(),
+            short: false,
             early: Vec::new(),
             deferred: VecDeque::new(),
             in_flight_bytes: 0,

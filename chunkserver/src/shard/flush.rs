@@ -112,13 +112,20 @@ impl Shard {
 
     fn round_io(&mut self, out: &mut Effects) -> bool {
         let work = self.arenas.work.clone();
-        while let Some((id, io)) = self.store.next_io(&mut |len| work.alloc(len)) {
+        let mut short = false;
+        let mut alloc = |len| {
+            let buf = work.alloc(len);
+            short |= buf.is_none();
+            buf
+        };
+        while let Some((id, io)) = self.store.next_io(&mut alloc) {
             let op = match io {
                 RoundIo::Write { offset, bufs } => Op::Write { file: DISK, offset, bufs, dsync: false },
                 RoundIo::Sync => Op::Sync { file: DISK },
             };
             self.submit(out, Task::Round(id), op);
         }
+        self.short |= short;
         let Some(done) = self.store.round_done() else { return false };
         self.write_checkpoints(done);
         true

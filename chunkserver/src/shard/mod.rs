@@ -155,6 +155,8 @@ pub struct Shard {
     reads: Slab<read::Job>,
     /// Reads without a buffer yet.
     read_queue: VecDeque<usize>,
+    /// A log header or metadata page found no buffer in this turn.
+    short: bool,
     /// Requests that came before start-up was over.
     early: Vec<Request>,
     /// Writes that found no room, in order.
@@ -225,6 +227,7 @@ impl Shard {
     /// Do what this turn's events made possible: raft, log writes, write-back, waiting reads.
     pub fn end_turn(&mut self, now: Instant, out: &mut Effects) {
         self.now = now;
+        self.short = false;
         match self.state {
             State::Failed(_) | State::Stopped => return self.refuse_all(out),
             State::Boot(_) => {
@@ -408,7 +411,10 @@ impl Shard {
     fn write_log(&mut self, out: &mut Effects) {
         loop {
             let Some(len) = self.log.borrow_mut().next_header() else { return };
-            let Some(mut header) = self.arenas.work.alloc(len) else { return };
+            let Some(mut header) = self.arenas.work.alloc(len) else {
+                self.short = true;
+                return;
+            };
             let write = self.log.borrow_mut().take_write(&mut header);
             let offset = self.layout.log_offset_of(self.config.shard) + write.offset;
             let payload: usize = write.payloads.iter().map(Bytes::len).sum();
