@@ -447,6 +447,7 @@ impl Shard {
             leaders: self.groups.values().filter(|g| g.raft.is_leader_ready()).count() as u64,
             chunks: self.store.chunk_count(),
             slots_free: self.store.spare_slots(),
+            slots_unclaimed: self.extents.free_slots(),
             dirty_bytes: self.store.pinned_bytes(),
             log_used_bytes: log.used_bytes(),
             log_bytes: log.capacity_bytes(),

@@ -180,6 +180,8 @@ pub struct ShardStatus {
     pub chunks: u64,
     /// Free slots this shard holds in reserve.
     pub slots_free: u64,
+    /// Free slots of the disk that no shard holds; the same from every shard.
+    pub slots_unclaimed: u64,
     /// Bytes of payload pinned by blocks not yet on their slots.
     pub dirty_bytes: u64,
     /// Bytes of log in use.
