@@ -12,7 +12,9 @@ pub(crate) const INVALID: u64 = 4;
 pub(crate) const NOSPACE: u64 = 5;
 pub(crate) const NO_COPYSET: u64 = 6;
 pub(crate) const NO_CHUNK: u64 = 7;
+pub(crate) const FAILURE: u64 = 8;
 pub(crate) const BACKWARD: u64 = 10;
+pub(crate) const EPOCH_TOO_OLD: u64 = 12;
 
 pub(crate) struct Client {
     pub(crate) stream: TcpStream,

@@ -174,7 +174,8 @@ impl Lab {
     /// Until every copyset has its leader; before that it answers REDIRECTED, as any copyset does during an election.
     pub(crate) fn wait_led(&self) {
         wait_for("leaders", || {
-            self.ask(&["copyset", "list"]).as_array().unwrap().iter().all(|c| c["state"] == "leader")
+            let shards = self.ask(&["status"])["shards"].clone();
+            shards.as_array().unwrap().iter().all(|s| s["leaders"] == s["copysets"])
         });
     }
 
@@ -188,12 +189,14 @@ impl Lab {
         if out.status.success() { Ok(serde_json::from_slice(&out.stdout).unwrap()) } else { Err(text(&out.stderr)) }
     }
 
-    /// Until all that was written is in its slots and covered by checkpoints: a restart replays nothing.
-    pub(crate) fn wait_written_back(&self) {
+    /// Until all that was written is in its slots, and for these copysets covered by checkpoints: a restart replays
+    /// nothing of it.
+    pub(crate) fn wait_written_back(&self, copysets: &[u64]) {
         wait_for("write-back", || {
             let clean = self.ask(&["status"])["shards"].as_array().unwrap().iter().all(|s| s["dirty_bytes"] == 0);
-            let covered =
-                |seen: Value| seen["copysets"].as_array().unwrap().iter().all(|c| c["checkpoint"] == c["last"]);
+            let covers =
+                |c: &Value| c["checkpoint"] == c["last"] || !copysets.contains(&c["copyset"].as_u64().unwrap());
+            let covered = |seen: Value| seen["copysets"].as_array().unwrap().iter().all(covers);
             clean && self.try_inspect().is_ok_and(covered)
         });
     }

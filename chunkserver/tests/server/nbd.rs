@@ -128,6 +128,37 @@ fn a_volume_is_chunks_of_its_copysets() {
     assert_eq!(larger.write(12 * MIB - BLOCK as u64, &data[..BLOCK]), 0);
 }
 
+/// Larger than all memory for device reads together: the parts must not wait for each other.
+#[test]
+fn the_largest_requests_side_by_side() {
+    let lab = Lab::new(Setup { size: 200 * MIB, chunk: 4 * MIB, log: 48 * MIB, buffers: 96 * MIB, ..Setup::default() });
+    let server = lab.start();
+    lab.copysets(4);
+    lab.ask(&["volume", "create", "--name", "v", "--size", "64MiB"]);
+    let half = 32 * MIB as usize;
+    std::thread::scope(|scope| {
+        for at in [0, 32 * MIB] {
+            let lab = &lab;
+            scope.spawn(move || {
+                let data = pattern(at + 1, half);
+                let mut volume = Nbd::open(lab, "v");
+                assert_eq!(volume.write(at, &data), 0);
+                for _ in 0..3 {
+                    assert!(volume.read(at, half) == (0, data.clone()));
+                }
+            });
+        }
+    });
+    lab.wait_written_back(&[]);
+    std::thread::scope(|scope| {
+        for at in [0, 0, 32 * MIB, 32 * MIB] {
+            let lab = &lab;
+            scope.spawn(move || assert!(Nbd::open(lab, "v").read(at, half) == (0, pattern(at + 1, half))));
+        }
+    });
+    server.stop();
+}
+
 #[test]
 fn stock_clients() {
     let setup = Setup {

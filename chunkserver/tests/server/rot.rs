@@ -36,7 +36,7 @@ fn a_rotten_block_is_never_served() {
     let mut client = server.client();
     write_blocks(&mut client, 1, 1);
     write_blocks(&mut client, 2, 1);
-    lab.wait_written_back();
+    lab.wait_written_back(&[1, 2]);
     drop(client);
     server.stop();
     let slots = lab.inspect()["superblock"]["offsets"]["slots"].as_u64().unwrap();
@@ -59,7 +59,7 @@ fn a_rotten_block_is_never_served() {
     let fresh = pattern(9, BLOCK);
     assert_eq!(client.write(1, 1, 5 * BLOCK as u64, &fresh), SUCCESS);
     assert_eq!(client.data(1, 1, 5 * BLOCK as u64, BLOCK), fresh);
-    lab.wait_written_back();
+    lab.wait_written_back(&[1]);
     server.kill();
     let server = lab.start();
     let mut client = server.client();
@@ -74,7 +74,7 @@ fn a_misplaced_block_is_never_served() {
     lab.copysets(1);
     let mut client = server.client();
     write_blocks(&mut client, 1, 1);
-    lab.wait_written_back();
+    lab.wait_written_back(&[1]);
     server.stop();
     let slots = lab.inspect()["superblock"]["offsets"]["slots"].as_u64().unwrap();
     let (from, to) = (find(&lab, slots, &pattern(1103, BLOCK))[0], find(&lab, slots, &pattern(1104, BLOCK))[0]);
