@@ -205,7 +205,7 @@ impl<I: Io> Reactor<I> {
             o if o == Owner::Disk as u64 => self.shard.completed(bits & 0xffff_ffff, completion, &mut self.effects),
             o if o == Owner::Accept as u64 => self.accepted(index, completion.done),
             o if o == Owner::Recv as u64 => self.received(index, serial, completion.done),
-            o if o == Owner::Send as u64 => self.sent(index, serial, completion.done),
+            o if o == Owner::Send as u64 => self.sent(index, serial, &completion.done),
             o if o == Owner::Close as u64 => self.closed(index, serial),
             _ => assert!(matches!(completion.done, Done::Wake), "a completion without an owner: {completion:?}"),
         }

@@ -17,6 +17,7 @@ use crate::volume::catalog::{CatalogStore, SharedCatalog};
 use anyhow::Context;
 use copyset::PeerId;
 use socket2::{Domain, SockAddr, Socket, Type};
+use std::io::IsTerminal;
 use std::net::{IpAddr, SocketAddr};
 use std::os::fd::{AsRawFd, RawFd};
 use std::path::Path;
@@ -61,7 +62,15 @@ pub fn run(config: &Config) -> anyhow::Result<ExitCode> {
     let (events, happened) = channel();
     watch_signals(events.clone())?;
 
-    let parts = Parts { config, disk: &disk, shared: &shared, catalog: catalog.shared(), bells: &bells, peer, sockets: &sockets };
+    let parts = Parts {
+        config,
+        disk: &disk,
+        shared: &shared,
+        catalog: catalog.shared(),
+        bells: &bells,
+        peer,
+        sockets: &sockets,
+    };
     let threads = parts.start_shards(ports, &events)?;
     let control = ControlSetup {
         socket: config.ctl_socket(),
@@ -92,12 +101,7 @@ pub fn run(config: &Config) -> anyhow::Result<ExitCode> {
 }
 
 /// Wait for the end, and bring it about in good order.
-fn supervise(
-    happened: &std::sync::mpsc::Receiver<Event>,
-    shared: &Shared,
-    bells: &Doorbells,
-    shards: u16,
-) -> ExitCode {
+fn supervise(happened: &std::sync::mpsc::Receiver<Event>, shared: &Shared, bells: &Doorbells, shards: u16) -> ExitCode {
     let mut running = shards;
     while running > 0 {
         match happened.recv() {
@@ -162,11 +166,8 @@ impl Parts<'_> {
         let mut threads = Vec::new();
         for (number, (mailbox, port)) in (0..layout.shards).zip(mesh(layout.shards).into_iter().zip(ports)) {
             let n = usize::from(number);
-            let arenas = Arenas {
-                payload: Arc::clone(&payload[n]),
-                work: Arc::clone(&work[n]),
-                all_payload: payload.clone(),
-            };
+            let arenas =
+                Arenas { payload: Arc::clone(&payload[n]), work: Arc::clone(&work[n]), all_payload: payload.clone() };
             let seed = Seed {
                 number,
                 ring: RingSetup {
@@ -346,8 +347,7 @@ fn raise_fd_limit() {
 fn start_logging(filter: &str) -> anyhow::Result<server::SetLog> {
     let parse = |text: &str| EnvFilter::try_new(text).map_err(|e| format!("log filter {text:?}: {e}"));
     let (layer, handle) = tracing_subscriber::reload::Layer::new(parse(filter).map_err(anyhow::Error::msg)?);
-    let colours = std::io::IsTerminal::is_terminal(&std::io::stderr());
-    let output = tracing_subscriber::fmt::layer().with_writer(std::io::stderr).with_ansi(colours);
+    let output = tracing_subscriber::fmt::layer().with_writer(std::io::stderr).with_ansi(std::io::stderr().is_terminal());
     tracing_subscriber::registry().with(layer).with(output).init();
     Ok(Box::new(move |text| {
         let filter = EnvFilter::try_new(text).map_err(|e| format!("log filter {text:?}: {e}"))?;

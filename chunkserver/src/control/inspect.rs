@@ -1,7 +1,9 @@
 //! `chunkserver inspect`: what is on a disk, without a server and without writing.
 
 use super::disk::{Disk, DiskError};
-use crate::chunk::{ExtentPool, FLAG_SPARSE, Known, Layout, LoadReport, Loader, ReadFailed, Store, StoreConfig, VERSION};
+use crate::chunk::{
+    ExtentPool, FLAG_SPARSE, Known, Layout, LoadReport, Loader, ReadFailed, Store, StoreConfig, VERSION,
+};
 use crate::io::buffer::{Arena, PoolBuf};
 use crate::shard::log_geometry;
 use copyset::{ConfState, PeerId};

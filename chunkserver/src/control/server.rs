@@ -230,10 +230,10 @@ impl Server {
     }
 
     async fn status(&self) -> Result<Value, String> {
-        let (mut shards, mut unclaimed) = (Vec::new(), 0);
+        let (mut shards, mut slots_unclaimed) = (Vec::new(), 0);
         for reply in self.shards.ask_all(&AdminOp::ShardStatus).await.map_err(|e| e.to_string())? {
             if let ReplyData::Shard(s) = reply.data {
-                unclaimed = unclaimed.max(s.slots_unclaimed);
+                slots_unclaimed = s.slots_unclaimed;
                 shards.push(json!({
                     "shard": s.shard, "copysets": s.copysets, "leaders": s.leaders, "chunks": s.chunks,
                     "slots_free": s.slots_free, "dirty_bytes": s.dirty_bytes, "log_used_bytes": s.log_used_bytes,
@@ -246,7 +246,7 @@ impl Server {
         let catalog = self.catalog.borrow().catalog();
         let mut status = self.about.clone();
         status["shards"] = shards.into();
-        status["slots_unclaimed"] = unclaimed.into();
+        status["slots_unclaimed"] = slots_unclaimed.into();
         status["volumes"] = catalog.volumes().len().into();
         Ok(status)
     }
@@ -256,7 +256,11 @@ impl Server {
         let volumes: Vec<Arc<Volume>> = self.catalog.borrow().catalog().deleting().cloned().collect();
         for volume in volumes {
             if let Err(error) = self.finish_deletion(&volume).await {
-                tracing::warn!(volume = volume.name(), error, "chunks of a deleted volume remain; the next start tries again");
+                tracing::warn!(
+                    volume = volume.name(),
+                    error,
+                    "chunks of a deleted volume remain; the next start tries again"
+                );
             }
         }
     }

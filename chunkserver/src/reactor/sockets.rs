@@ -335,7 +335,7 @@ impl<I: Io> Reactor<I> {
         }
     }
 
-    pub(super) fn sent(&mut self, index: usize, serial: u32, done: Done) {
+    pub(super) fn sent(&mut self, index: usize, serial: u32, done: &Done) {
         let Some(conn) = self.conns.get_mut(index).filter(|c| c.serial == serial) else { return };
         conn.sending = false;
         match &mut conn.session {

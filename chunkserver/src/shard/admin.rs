@@ -5,6 +5,9 @@ use super::{Effects, Shard, reply};
 use copyset::Copyset;
 use raftlog::{CopysetId, Seq};
 
+/// Voters of a new copyset.
+const VOTERS_MAX: usize = 32;
+
 /// A change that waits for its log record.
 pub(super) struct Pending {
     pub(super) origin: Origin,
@@ -35,6 +38,9 @@ impl Shard {
     fn create_copyset(&mut self, id: CopysetId, peers: &[u64], origin: Origin, out: &mut Effects) {
         if self.groups.contains_key(&id) || self.admin.iter().any(|p| p.copyset == id) {
             return reply(out, origin, Outcome::Exists);
+        }
+        if peers.len() > VOTERS_MAX {
+            return reply(out, origin, Outcome::Invalid); // a configuration that cannot be encoded
         }
         self.incarnations += 1;
         let incarnation = mix(self.config.seed ^ self.now.0.rotate_left(32) ^ self.incarnations ^ id.0).max(1);

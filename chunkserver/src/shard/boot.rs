@@ -18,8 +18,14 @@ use std::sync::Arc;
 pub(super) enum Boot {
     /// Before anything is believed, it must be durable: a killed process's last writes may sit in the drive's cache.
     Sync,
-    Log { recovery: Option<Box<Recovery>>, started: Instant },
-    Metadata { loader: Option<Box<Loader>>, started: Instant },
+    Log {
+        recovery: Option<Box<Recovery>>,
+        started: Instant,
+    },
+    Metadata {
+        loader: Option<Box<Loader>>,
+        started: Instant,
+    },
     /// Other shards still read: no slot may be taken before all have said which are theirs.
     Others,
 }
@@ -54,7 +60,6 @@ impl Shard {
             waiting: Slab::with_capacity(1024),
             reads: Slab::with_capacity(256),
             read_queue: VecDeque::new(),
-            short: false,
             early: Vec::new(),
             deferred: VecDeque::new(),
             in_flight_bytes: 0,
@@ -70,6 +75,7 @@ impl Shard {
             next_tick: now,
             seal_at: Instant::FAR,
             incarnations: 0,
+            starved: false,
             effects: Vec::new(),
             counted: chunk::Counters::default(),
             metrics,
@@ -103,7 +109,8 @@ impl Shard {
             };
             if let Some((offset, len)) = next {
                 let Some(mut buf) = self.arenas.work.alloc(len) else {
-                    return self.fail(Failure::Load("no buffer for start-up reads: the work arena is too small".into()));
+                    return self
+                        .fail(Failure::Load("no buffer for start-up reads: the work arena is too small".into()));
                 };
                 buf.truncate(len);
                 self.submit(out, Task::Boot, Op::Read { file: DISK, offset: base + offset, buf });
@@ -219,9 +226,13 @@ impl Shard {
             election_ticks: 10,
             heartbeat_ticks: 3,
             seed: self.config.seed ^ id.0.rotate_left(17),
+            // What is proposed is bounded by the shard: it makes writes wait, a copyset would refuse them (rule 25).
+            max_waiting: usize::MAX,
+            max_waiting_bytes: usize::MAX,
             ..copyset::Config::new(id, self.config.peer, 0)
         };
-        let checkpoint = self.log.borrow().index(id).map(|i| (i.checkpoint().incarnation, i.checkpoint().applied_index));
+        let checkpoint =
+            self.log.borrow().index(id).map(|i| (i.checkpoint().incarnation, i.checkpoint().applied_index));
         let Some((incarnation, applied)) = checkpoint else {
             return Err(Failure::Copyset(id, "the log does not know it".into()));
         };

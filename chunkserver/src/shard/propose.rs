@@ -2,10 +2,10 @@
 
 use super::entry::Header;
 use super::request::{BlockCrcs, ChunkOp, Outcome, Reply, ReplyData, Request, RequestOp};
-use super::{Effects, Shard, Waiting, reply};
+use super::{Effects, Shard, State, Waiting, reply};
 use bytes::Bytes;
 use copyset::ProposeError;
-use raftlog::{CopysetId, Log};
+use raftlog::CopysetId;
 
 impl Shard {
     pub(super) fn chunk_request(&mut self, request: Request, out: &mut Effects) {
@@ -45,7 +45,13 @@ impl Shard {
         let waiting = self.store.pinned_bytes() as usize + self.in_flight_bytes;
         // One operation always fits: a payload larger than the limit must not wait for ever.
         let memory = waiting == 0 || waiting + len <= self.config.dirty_limit;
-        memory && self.log.borrow().space_for_entries() >= self.proposed_cost + Log::entry_cost(len)
+        memory && self.log.borrow().has_room(self.proposed_cost, len)
+    }
+
+    /// The first write that waits would find room now.
+    pub(super) fn may_admit(&self) -> bool {
+        let Some(Request { op: RequestOp::Chunk { op, .. }, .. }) = self.deferred.front() else { return false };
+        !matches!(self.state, State::Failed(_)) && self.has_room(op)
     }
 
     /// Try again what found no room, in order.
@@ -76,12 +82,7 @@ impl Shard {
         let applied_index = self.groups.get(&id).map_or(0, |g| g.applied);
         if is_noop(&op) {
             let data = ReplyData::None;
-            return out.replies.push(Reply {
-                origin: request.origin,
-                outcome: Outcome::Success,
-                applied_index,
-                data,
-            });
+            return out.replies.push(Reply { origin: request.origin, outcome: Outcome::Success, applied_index, data });
         }
         let Some(header) = Header::of(chunk, &op) else { return };
         let (payload, crcs) = match &op {
@@ -100,7 +101,7 @@ impl Shard {
             };
             return self.withdraw(id, cookie, outcome, out);
         }
-        self.proposed_cost += Log::entry_cost(pinned);
+        self.proposed_cost += self.log.borrow().entry_cost(pinned);
         self.mark_dirty(id);
     }
 

@@ -4,14 +4,15 @@ use super::request::{Origin, Outcome, Reply, ReplyData};
 use super::{DISK, Effects, Shard, Task, reply};
 use crate::chunk::{Piece, ReadPlan, Verified};
 use crate::io::buffer::PoolBuf;
-use crate::metrics::Counter;
 use crate::io::{Errno, Op};
+use crate::metrics::Counter;
 use bytes::Bytes;
 use raftlog::CopysetId;
 use smallvec::SmallVec;
 
-/// Device reads leave this much of the work arena for what frees memory: log headers and metadata pages.
-const RESERVE: usize = 8 << 20;
+/// Device reads leave this much of the work arena, but a quarter of it at most, for what frees memory: log headers and
+/// metadata pages.
+pub(crate) const RESERVE: usize = 8 << 20;
 /// A checksum reads this much at a time, bytes.
 const HASH_STEP: u32 = 1 << 20;
 /// Zeros for unwritten blocks.
@@ -35,7 +36,9 @@ pub(super) struct Job {
     plan: ReadPlan,
     done: SmallVec<[Option<Bytes>; 2]>,
     pending: usize,
-    attempts: u8,
+    /// Reads so far that ended stale, and that ended in a mismatch without a reason.
+    stales: u8,
+    rots: u8,
     failed: Option<Outcome>,
     stale: bool,
     rot: bool,
@@ -94,10 +97,17 @@ impl Shard {
             .iter()
             .enumerate()
             .filter(|&(i, _)| job.done.get(i).is_some_and(Option::is_none))
-            .filter_map(|(i, p)| if let Piece::Device { disk_offset, len, .. } = *p { Some((i, disk_offset, len as usize)) } else { None })
+            .filter_map(|(i, p)| {
+                if let Piece::Device { disk_offset, len, .. } = *p {
+                    Some((i, disk_offset, len as usize))
+                } else {
+                    None
+                }
+            })
             .collect();
         let needed: usize = device.iter().map(|d| d.2.next_power_of_two()).sum();
-        if self.arenas.work.free_bytes() < needed + RESERVE {
+        let work = &self.arenas.work;
+        if work.free_bytes() < needed + RESERVE.min(work.size() / 4) {
             return false;
         }
         let mut bufs: SmallVec<[PoolBuf; 2]> = SmallVec::new();
@@ -166,13 +176,14 @@ impl Shard {
             return self.finish(job, out);
         }
         // Rule 12: a mismatch is read once more before it counts as rot; a block that changed meanwhile as often as it takes.
-        let again = (job.rot && job.attempts == 0) || (job.stale && job.attempts < ATTEMPTS);
-        if again {
+        job.rots += u8::from(job.rot);
+        job.stales += u8::from(job.stale && !job.rot);
+        if (job.rot || job.stale) && job.rots < 2 && job.stales < ATTEMPTS {
             match self.store.read(job.copyset, job.chunk, job.offset, job.len) {
                 Ok(plan) => {
                     let mut next =
                         Job::new(job.origin, job.copyset, job.chunk, job.offset, job.len, plan, job.hash.take());
-                    next.attempts = job.attempts + 1;
+                    (next.stales, next.rots) = (job.stales, job.rots);
                     return self.run(next, out);
                 }
                 Err(outcome) => job.failed = Some(outcome),
@@ -255,7 +266,8 @@ impl Job {
             plan,
             done,
             pending: 0,
-            attempts: 0,
+            stales: 0,
+            rots: 0,
             failed: None,
             stale: false,
             rot: false,

@@ -180,7 +180,7 @@ pub struct ShardStatus {
     pub chunks: u64,
     /// Free slots this shard holds in reserve.
     pub slots_free: u64,
-    /// Free slots of the disk that no shard holds; the same from every shard.
+    /// Free slots of the disk that no shard holds; the same number from every shard.
     pub slots_unclaimed: u64,
     /// Bytes of payload pinned by blocks not yet on their slots.
     pub dirty_bytes: u64,
