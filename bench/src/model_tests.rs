@@ -1,3 +1,5 @@
+//! Tests of the model of what a server may answer.
+
 use super::*;
 
 const CHUNKS: [ChunkAddr; 2] =

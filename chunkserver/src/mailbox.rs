@@ -10,7 +10,7 @@ use rtrb::{Consumer, Producer, RingBuffer};
 use std::collections::VecDeque;
 
 /// Requests one shard may have unanswered at another.
-pub const CREDITS: usize = 4096;
+pub const CREDITS: usize = crate::limits::MAILBOX_DEPTH;
 const CONNECTIONS: usize = 1024;
 
 /// What one shard sends another.
@@ -51,18 +51,11 @@ impl std::fmt::Debug for Mailbox {
 #[must_use]
 pub fn mesh(shards: u16) -> Vec<Mailbox> {
     let n = usize::from(shards);
-    let mut halves: Vec<Vec<Option<Half>>> = (0..n).map(|_| (0..n).map(|_| None).collect()).collect();
-    for from in 0..n {
-        for to in (0..n).filter(|&to| to != from) {
-            halves[from][to] = Some(Half::new());
-        }
-    }
     let mut boxes: Vec<Mailbox> = (0..n).map(|_| Mailbox { peers: (0..n).map(|_| None).collect() }).collect();
     for a in 0..n {
         for b in a + 1..n {
-            let (Some(ab), Some(ba)) = (halves[a][b].take(), halves[b][a].take()) else { continue };
-            let (ab_out, ab_in) = ab.split();
-            let (ba_out, ba_in) = ba.split();
+            let (ab_out, ab_in) = one_way();
+            let (ba_out, ba_in) = one_way();
             boxes[a].peers[b] = Some(Peer::new(ab_out, ba_in));
             boxes[b].peers[a] = Some(Peer::new(ba_out, ab_in));
         }
@@ -74,18 +67,11 @@ type Out = (Producer<Request>, Producer<Reply>, Producer<(ConnId, u8)>);
 type In = (Consumer<Request>, Consumer<Reply>, Consumer<(ConnId, u8)>);
 
 /// One direction of a pair.
-struct Half(Out, In);
-
-impl Half {
-    fn new() -> Self {
-        let (requests_out, requests_in) = RingBuffer::new(CREDITS);
-        let (replies_out, replies_in) = RingBuffer::new(CREDITS);
-        let (connections_out, connections_in) = RingBuffer::new(CONNECTIONS);
-        Self((requests_out, replies_out, connections_out), (requests_in, replies_in, connections_in))
-    }
-    fn split(self) -> (Out, In) {
-        (self.0, self.1)
-    }
+fn one_way() -> (Out, In) {
+    let (requests_out, requests_in) = RingBuffer::new(CREDITS);
+    let (replies_out, replies_in) = RingBuffer::new(CREDITS);
+    let (connections_out, connections_in) = RingBuffer::new(CONNECTIONS);
+    ((requests_out, replies_out, connections_out), (requests_in, replies_in, connections_in))
 }
 
 impl Peer {

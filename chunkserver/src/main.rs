@@ -207,16 +207,27 @@ fn main() -> ExitCode {
     match run(Cli::parse().command) {
         Ok(code) => code,
         Err(error) => {
-            eprintln!("chunkserver: {error:#}");
+            eprintln!("chunkserver: {}", explain(&error));
             ExitCode::FAILURE
         }
     }
 }
 
+/// An error and its causes in one line. Most of our errors say their cause themselves; none is said twice.
+fn explain(error: &anyhow::Error) -> String {
+    let mut text = error.to_string();
+    for cause in error.chain().skip(1).map(ToString::to_string) {
+        if !text.contains(&cause) {
+            text = format!("{text}: {cause}");
+        }
+    }
+    text
+}
+
 fn run(command: Command) -> anyhow::Result<ExitCode> {
     match command {
         Command::Format(args) => format(&args)?,
-        Command::Serve(args) => return Ok(serve::run(&configure(args)?)?),
+        Command::Serve(args) => return serve::run(&configure(args)?),
         Command::Volume { to, command } => ask(&to, &volume_command(command)?)?,
         Command::Copyset { to, command } => ask(&to, &copyset_command(command)?)?,
         Command::Status { to } => ask(&to, &Ctl::Status)?,
@@ -341,5 +352,28 @@ fn show(value: &Value, json: bool) {
         println!("{value:#}");
     } else {
         print!("{}", chunkserver::control::text::render(value));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_cause_is_said_once() {
+        let missing = std::path::Path::new("/nonexistent/disk");
+        let error = disk::Disk::open(missing, std::time::Duration::ZERO).unwrap_err();
+        let text = explain(&error.into());
+        assert_eq!(text.matches("No such file").count(), 1, "{text}");
+        let plain = anyhow::Error::new(std::io::Error::other("inner")).context("outer");
+        assert_eq!(explain(&plain), "outer: inner");
+    }
+
+    #[test]
+    fn copysets_by_range_and_list() {
+        assert_eq!(parse_copysets("1:2-4,3:9").unwrap(), [(1, 2), (1, 3), (1, 4), (3, 9)]);
+        for bad in ["", "1", "1:", "1:4-2", "x:1", "1:0-70000"] {
+            assert!(parse_copysets(bad).is_err(), "{bad}");
+        }
     }
 }

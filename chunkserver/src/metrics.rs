@@ -182,10 +182,6 @@ counters! {
     LogWrites = "log_write_num",
     /// Bytes of log writes.
     LogBytes = "log_write_bytes",
-    /// Records in them.
-    LogRecords = "log_record_num",
-    /// Raft entries in them.
-    LogEntries = "log_entry_num",
     /// Writes of chunk data to slots.
     DataWrites = "device_data_write_num",
     /// Bytes of them.

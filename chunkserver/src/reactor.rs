@@ -102,6 +102,8 @@ pub struct Reactor<I: Io> {
     again: bool,
     requested: bool,
     starved: bool,
+    /// When stalled payloads may be looked for again.
+    look_for_stalled: Instant,
     draining: Option<drain::Drain>,
 }
 
@@ -140,6 +142,7 @@ impl<I: Io> Reactor<I> {
             again: true,
             requested: false,
             starved: false,
+            look_for_stalled: Instant(0),
             draining: None,
             setup,
         }
@@ -202,7 +205,7 @@ impl<I: Io> Reactor<I> {
             o if o == Owner::Disk as u64 => self.shard.completed(bits & 0xffff_ffff, completion, &mut self.effects),
             o if o == Owner::Accept as u64 => self.accepted(index, completion.done),
             o if o == Owner::Recv as u64 => self.received(index, serial, completion.done),
-            o if o == Owner::Send as u64 => self.sent(index, serial, completion.done),
+            o if o == Owner::Send as u64 => self.sent(index, serial, &completion.done),
             o if o == Owner::Close as u64 => self.closed(index, serial),
             _ => assert!(matches!(completion.done, Done::Wake), "a completion without an owner: {completion:?}"),
         }
@@ -213,6 +216,7 @@ impl<I: Io> Reactor<I> {
         for pass in 0.. {
             if self.starved {
                 self.starved = false;
+                self.end_stalled();
                 self.shard.want_memory();
                 self.wake_all();
             }

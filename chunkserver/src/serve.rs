@@ -17,6 +17,7 @@ use crate::volume::catalog::{CatalogStore, SharedCatalog};
 use anyhow::Context;
 use copyset::PeerId;
 use socket2::{Domain, SockAddr, Socket, Type};
+use std::io::IsTerminal;
 use std::net::{IpAddr, SocketAddr};
 use std::os::fd::{AsRawFd, RawFd};
 use std::path::Path;
@@ -52,6 +53,7 @@ pub fn run(config: &Config) -> anyhow::Result<ExitCode> {
     let wait = Duration::from_millis(config.start_wait_ms);
     let disk = Disk::open(&config.data, wait)?;
     let layout = disk.layout.clone();
+    config.check_disk(layout.chunk_size)?;
     let catalog = CatalogStore::open(&config.catalog())?;
     let sockets = Sockets::bind(config, wait)?;
     let peer = peer_id(sockets.rpc_address)?;
@@ -203,7 +205,7 @@ impl Parts<'_> {
             shard,
             peer: self.peer.0,
             dirty_limit: self.config.dirty_limit.0 as usize,
-            flush_age_ns: self.config.flush_age_ms * 1_000_000,
+            flush_age_ns: self.config.flush_age_ms.saturating_mul(1_000_000),
             election_ms: self.config.election_timeout_ms,
             seed: u64::from_le_bytes(seed),
         }
@@ -346,7 +348,8 @@ fn raise_fd_limit() {
 fn start_logging(filter: &str) -> anyhow::Result<server::SetLog> {
     let parse = |text: &str| EnvFilter::try_new(text).map_err(|e| format!("log filter {text:?}: {e}"));
     let (layer, handle) = tracing_subscriber::reload::Layer::new(parse(filter).map_err(anyhow::Error::msg)?);
-    let output = tracing_subscriber::fmt::layer().with_writer(std::io::stderr);
+    let output =
+        tracing_subscriber::fmt::layer().with_writer(std::io::stderr).with_ansi(std::io::stderr().is_terminal());
     tracing_subscriber::registry().with(layer).with(output).init();
     Ok(Box::new(move |text| {
         let filter = EnvFilter::try_new(text).map_err(|e| format!("log filter {text:?}: {e}"))?;

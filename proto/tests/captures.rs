@@ -3,7 +3,7 @@
 
 mod common;
 
-use std::{collections::HashMap, fs};
+use std::{collections::BTreeMap, fs};
 
 use bytes::{Bytes, BytesMut};
 use common::{frames, path, unhex, with_message};
@@ -78,7 +78,7 @@ fn encode_response((meta, body, attachment): &Frame, method: Option<&service::Me
 fn nebd(name: &str) -> (usize, usize) {
     let requests = fs::read(path(&format!("data/nebd-{name}-c2s.bin"))).expect("the capture");
     let responses = fs::read(path(&format!("data/nebd-{name}-s2c.bin"))).expect("the capture");
-    let (mut methods, mut again) = (HashMap::new(), Vec::new());
+    let (mut methods, mut again) = (BTreeMap::new(), Vec::new());
     let sent = decode(&requests);
     for frame in &sent {
         let (bytes, method) = encode_request(frame);

@@ -108,22 +108,28 @@ pub(crate) struct Queue {
     soft_max: u64,
     /// What a segment can hold: the hard limit of a batch.
     hard_max: u64,
-    bytes: u64,
+    /// Of all batches but the open one.
+    charge: u64,
 }
 
 impl Queue {
     pub(crate) fn new(next_seq: Seq, soft_max: usize, hard_max: u64) -> Self {
         let soft_max = (soft_max as u64).min(hard_max);
-        Self { batches: VecDeque::new(), spare: Vec::new(), next_seq, soft_max, hard_max, bytes: 0 }
+        Self { batches: VecDeque::new(), spare: Vec::new(), next_seq, soft_max, hard_max, charge: 0 }
     }
 
     pub(crate) fn is_empty(&self) -> bool {
         self.batches.is_empty()
     }
 
-    /// Bytes that wait; the header of the open batch counts as it is now.
-    pub(crate) fn bytes(&self) -> u64 {
-        self.bytes + self.batches.back().map_or(0, Batch::len)
+    /// Bytes of log that what waits may take; the header of the open batch counts as it is now.
+    pub(crate) fn charge(&self) -> u64 {
+        self.charge + self.batches.back().map_or(0, |b| self.charge_of(b.len()))
+    }
+
+    /// A batch that is longer than most may leave as much unused at the end of the segment where it does not fit.
+    pub(crate) fn charge_of(&self, batch_len: u64) -> u64 {
+        if batch_len > self.soft_max.min((self.hard_max + BLOCK as u64) / 2) { 2 * batch_len } else { batch_len }
     }
 
     /// Whether `need` goes into `batch` under the soft limit.
@@ -163,7 +169,7 @@ impl Queue {
 
     /// Opens a new batch behind the others.
     pub(crate) fn open(&mut self) {
-        self.bytes += self.batches.back().map_or(0, Batch::len);
+        self.charge += self.batches.back().map_or(0, |b| self.charge_of(b.len()));
         let mut batch = self.spare.pop().unwrap_or_default();
         (batch.seq, batch.closed) = (self.next_seq, false);
         self.next_seq += 1;
@@ -190,7 +196,7 @@ impl Queue {
     pub(crate) fn pop(&mut self) -> Option<Batch> {
         let batch = self.batches.pop_front()?;
         if !self.batches.is_empty() {
-            self.bytes -= batch.len();
+            self.charge -= self.charge_of(batch.len());
         }
         Some(batch)
     }

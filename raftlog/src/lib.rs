@@ -6,7 +6,7 @@
 //!
 //! Rooms: `record` is the codec, `batch` what waits to be written, `segment` where it goes, `index` what the log
 //! says about each copyset, `log` the writer's face; `scan`, `chain`, `draft` and `recovery` turn a disk back into
-//! a [`Log`]. The format is described in docs/formats-log.md.
+//! a [`Log`]. The format is described in docs/formats.md.
 #![forbid(unsafe_code)]
 
 mod batch;

@@ -354,18 +354,30 @@ impl Log {
         self.indexes.get(&id).map_or(0, |i| i.durable_commit(self.durable))
     }
 
-    /// Bytes that entries may still take: [`Self::entry_cost`] each. Leaves one segment for what frees space
-    /// (rule 9). The log does not refuse more, it eats into that segment, and stops when it is full.
+    /// Whether an entry with a payload so long may be appended, when others that cost `pending` ([`Self::entry_cost`]
+    /// each) are about to be. Leaves one segment for what frees space (rule 9). The log does not refuse more, it eats
+    /// into that segment, and stops when it is full: what frees space queues behind what does not fit.
+    ///
+    /// A log whose last segment alone is live takes any one entry up to [`Self::max_entry_bytes`].
+    #[must_use]
+    pub fn has_room(&self, pending: u64, payload_len: usize) -> bool {
+        let alone = pending == 0 && self.queue.is_empty() && self.segments.free.len() >= 2;
+        alone || pending.saturating_add(self.entry_cost(payload_len)) <= self.space_for_entries()
+    }
+
+    /// Bytes that entries may still take: [`Self::entry_cost`] each.
     #[must_use]
     pub fn space_for_entries(&self) -> u64 {
         let waste = (self.limits.batch_bytes_max as u64).min(self.geometry.segment_size / 2);
-        self.segments.space_for_entries(waste).saturating_sub(self.queue.bytes())
+        self.segments.space_for_entries(waste).saturating_sub(self.queue.charge())
     }
 
-    /// What an entry costs at most: its payload and header blocks that nothing else shares.
+    /// What an entry costs at most: its payload and header blocks that nothing else shares, and what it leaves unused
+    /// at the end of a segment if it is longer than the waste every segment is allowed.
     #[must_use]
-    pub fn entry_cost(payload_len: usize) -> u64 {
-        (payload_len + header_len(2 * RECORD_LEN + CONTEXT_ROOM + payload_len / BLOCK * 4)) as u64
+    pub fn entry_cost(&self, payload_len: usize) -> u64 {
+        let header = header_len(2 * RECORD_LEN + CONTEXT_ROOM + payload_len / BLOCK * 4);
+        self.queue.charge_of((payload_len + header) as u64)
     }
 
     /// Bytes between the oldest live segment's start and the end of the log.

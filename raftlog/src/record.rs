@@ -1,6 +1,6 @@
 //! The bytes of a batch: a fixed header, the records behind it, and their decoding. Pure codec, no state.
 //!
-//! Format owned: everything of a batch but its payload (docs/formats-log.md). The fixed header fits one 512-byte
+//! Format owned: everything of a batch but its payload (docs/formats.md). The fixed header fits one 512-byte
 //! sector and has a CRC of its own, so a torn batch still tells how long it was meant to be.
 //! Decoding is for hostile bytes: lengths are checked against what is there, and `None` means "not one of ours".
 

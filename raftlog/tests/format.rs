@@ -10,7 +10,7 @@ use raftlog::{BLOCK, CopysetId, HardState, Limits, Log, Recovery};
 
 const LIMITS: Limits = Limits { batch_bytes_max: 64 << 10, writes_in_flight: 2 };
 
-/// docs/formats-log.md once more, from nothing but that text.
+/// docs/formats.md once more, from nothing but that text.
 struct Head {
     flags: u16,
     generation: u64,

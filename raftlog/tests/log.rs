@@ -202,7 +202,7 @@ fn a_quiet_copyset_pins_until_its_relog_is_durable() {
     log.append(ID, entries(1..=1, 1), Some(hs(1, 0)));
     log.checkpoint(busy, checkpoint(0, 0, 2));
     for i in 1.. {
-        if log.space_for_entries() < Log::entry_cost(4 * BLOCK) {
+        if log.space_for_entries() < log.entry_cost(4 * BLOCK) {
             break;
         }
         log.append(busy, vec![entry(i, 1, 4, i)], None);

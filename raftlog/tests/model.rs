@@ -82,7 +82,7 @@ impl World {
             self.stamp += 1;
             new.push(entry(next + i, term, self.rng.below(3) as usize, self.stamp));
         }
-        let cost: u64 = new.iter().map(|e| Log::entry_cost(e.payload.len())).sum();
+        let cost: u64 = new.iter().map(|e| self.log.entry_cost(e.payload.len())).sum();
         if copy.entries.len() > 5 || cost > self.log.space_for_entries() {
             copy.entries = state(&self.log, &self.disk)[&id].entries.clone();
             return self.make_room();

@@ -230,9 +230,10 @@ impl Server {
     }
 
     async fn status(&self) -> Result<Value, String> {
-        let mut shards = Vec::new();
+        let (mut shards, mut slots_unclaimed) = (Vec::new(), 0);
         for reply in self.shards.ask_all(&AdminOp::ShardStatus).await.map_err(|e| e.to_string())? {
             if let ReplyData::Shard(s) = reply.data {
+                slots_unclaimed = s.slots_unclaimed;
                 shards.push(json!({
                     "shard": s.shard, "copysets": s.copysets, "leaders": s.leaders, "chunks": s.chunks,
                     "slots_free": s.slots_free, "dirty_bytes": s.dirty_bytes, "log_used_bytes": s.log_used_bytes,
@@ -245,6 +246,7 @@ impl Server {
         let catalog = self.catalog.borrow().catalog();
         let mut status = self.about.clone();
         status["shards"] = shards.into();
+        status["slots_unclaimed"] = slots_unclaimed.into();
         status["volumes"] = catalog.volumes().len().into();
         Ok(status)
     }

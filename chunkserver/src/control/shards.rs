@@ -56,12 +56,15 @@ pub fn connect(shards: u16, bells: &Arc<Doorbells>) -> (Links, Vec<Port>) {
     (Links { requests, replies, bells: Arc::clone(bells) }, ports)
 }
 
+/// Who waits for a reply: the serial number of the request, and where the reply goes.
+type Waiting = Slab<(u32, oneshot::Sender<Reply>)>;
+
 /// The shards, as the control thread's tasks use them.
 #[derive(Clone, Debug)]
 pub struct Shards {
     links: Rc<Vec<SyncSender<Request>>>,
     bells: Arc<Doorbells>,
-    waiting: Rc<RefCell<Slab<(u32, oneshot::Sender<Reply>)>>>,
+    waiting: Rc<RefCell<Waiting>>,
     serial: Rc<RefCell<u32>>,
 }
 

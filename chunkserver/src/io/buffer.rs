@@ -206,21 +206,22 @@ impl Arena {
             // SAFETY: nodes on the stack were written by `release` into memory nobody else owns; the Acquire swap
             // makes those writes visible and takes the whole stack for us.
             let (next, order) = unsafe { ((*at).next, (*at).order) };
-            self.release_local(at.cast::<u8>(), order);
+            self.put_back(at.cast::<u8>(), order);
             at = next;
         }
     }
 
-    fn release_local(&self, ptr: *mut u8, order: u32) {
+    fn put_back(&self, ptr: *mut u8, order: u32) {
         let block = (ptr as usize - self.base.as_ptr() as usize) / BLOCK;
         // SAFETY: callers are on the owner thread.
         unsafe { (*self.buddy.get()).free(block as u32, order as usize) };
-        self.free_bytes.fetch_add(BLOCK << order, Ordering::Relaxed);
     }
 
     fn release(&self, ptr: NonNull<u8>, order: u32) {
+        // Counted here and not when the owner collects it: an owner that waits for free bytes does not allocate.
+        self.free_bytes.fetch_add(BLOCK << order, Ordering::Relaxed);
         if self.owner.get() == Some(&std::thread::current().id()) {
-            self.release_local(ptr.as_ptr(), order);
+            self.put_back(ptr.as_ptr(), order);
             return;
         }
         let node = ptr.as_ptr().cast::<RemoteFree>();
@@ -329,6 +330,12 @@ impl RecvBuf {
         assert!(len <= buf.len());
         Self(Received::Pooled(buf, len))
     }
+
+    /// Whether it is on loan: to be given back within the turn.
+    #[must_use]
+    pub fn is_pooled(&self) -> bool {
+        matches!(self.0, Received::Pooled(..))
+    }
 }
 
 impl Deref for RecvBuf {
@@ -377,6 +384,7 @@ mod tests {
             let all: Vec<_> = std::iter::from_fn(|| arena.alloc(BLOCK)).map(PoolBuf::freeze).collect();
             assert_eq!(all.len(), 64);
             std::thread::spawn(move || drop(all)).join().unwrap();
+            assert_eq!(arena.free_bytes(), 64 * BLOCK, "seen before the owner allocates again");
         }
         assert_eq!(arena.alloc(64 * BLOCK).map(|b| b.len()), Some(64 * BLOCK));
     }

@@ -386,6 +386,12 @@ impl Connection {
         }
     }
 
+    /// A payload is being received, and has its buffer.
+    #[must_use]
+    pub fn holds_payload(&self) -> bool {
+        matches!(self.state, State::Payload(_))
+    }
+
     /// Count bytes a request will pin elsewhere (the data of a read) until it is answered; add them to its [`Out::cost`].
     pub fn charge(&mut self, bytes: usize) {
         self.held += bytes;

@@ -9,7 +9,7 @@ use crate::metrics::{ProcessStats, Registry, ShardMetrics, process::Reader};
 use bytes::{Bytes, BytesMut};
 use copyset::PeerId;
 use std::cell::RefCell;
-use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 /// Who this server is; does not change while it runs.
@@ -51,7 +51,6 @@ pub struct Shared {
     draining: AtomicBool,
     quiet: AtomicUsize,
     loaded: AtomicBool,
-    slots_unclaimed: AtomicU64,
     inflight: Box<[Slot]>,
     cpu: Mutex<(Instant, ProcessStats)>,
 }
@@ -67,7 +66,6 @@ impl Shared {
             draining: AtomicBool::new(false),
             quiet: AtomicUsize::new(0),
             loaded: AtomicBool::new(false),
-            slots_unclaimed: AtomicU64::new(0),
             inflight: (0..shards).map(|_| Slot::default()).collect(),
             cpu: Mutex::default(),
         })
@@ -108,15 +106,6 @@ impl Shared {
     /// Every local copyset has finished loading: copysets may be created, `copysetLoadFin` is true.
     pub fn set_loaded(&self) {
         self.loaded.store(true, Ordering::Release);
-    }
-    /// Slots of the disk that no shard holds; the pages add them to what the shards hold.
-    pub fn set_slots_unclaimed(&self, slots: u64) {
-        self.slots_unclaimed.store(slots, Ordering::Relaxed);
-    }
-    /// As last set.
-    #[must_use]
-    pub fn slots_unclaimed(&self) -> u64 {
-        self.slots_unclaimed.load(Ordering::Relaxed)
     }
     /// Chunk requests in flight.
     #[must_use]

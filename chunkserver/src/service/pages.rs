@@ -201,6 +201,7 @@ fn operations(vars: &mut Vars, ctx: &Context, now: Instant, prefix: &str) {
 
 fn chunkserver(vars: &mut Vars, ctx: &Context, prefix: &str, shards: &[ShardStatus], copysets: &[CopysetStatus]) {
     let sum = |field: fn(&ShardStatus) -> u64| shards.iter().map(field).sum::<u64>();
+    let slots_unclaimed = shards.iter().map(|shard| shard.slots_unclaimed).max().unwrap_or(0);
     for (name, value) in [
         ("copyset_count", sum(|shard| shard.copysets)),
         ("leader_count", sum(|shard| shard.leaders)),
@@ -208,7 +209,7 @@ fn chunkserver(vars: &mut Vars, ctx: &Context, prefix: &str, shards: &[ShardStat
         ("snapshot_count", 0),
         ("clonechunk_count", 0),
         ("chunk_trashed", 0),
-        ("chunkfilepool_left", sum(|shard| shard.slots_free) + ctx.shared().slots_unclaimed()),
+        ("chunkfilepool_left", sum(|shard| shard.slots_free) + slots_unclaimed),
         ("dirty_bytes", sum(|shard| shard.dirty_bytes)),
         ("log_used_bytes", sum(|shard| shard.log_used_bytes)),
         ("log_size_bytes", sum(|shard| shard.log_bytes)),

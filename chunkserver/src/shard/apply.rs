@@ -97,14 +97,20 @@ impl Shard {
         let dirty = self.store.pinned_bytes() as usize;
         let room = dirty == 0 || dirty + len <= self.config.dirty_limit;
         let busy = self.groups.values().filter(|g| g.fetching).count();
-        if !room || busy >= FETCHES_MAX {
+        if !room {
+            return self.want_memory(); // not before old age makes the round due
+        }
+        if busy >= FETCHES_MAX {
             return;
         }
         let location = self.log.borrow().index(id).and_then(|i| i.location(index));
         let Some(location) = location else {
             return self.fail(Failure::Recovery(format!("entry {index} of {id:?} is not in the log")));
         };
-        let Some(mut buf) = self.arenas.payload.alloc(len) else { return };
+        let Some(mut buf) = self.arenas.payload.alloc(len) else {
+            self.starved = true;
+            return self.want_memory();
+        };
         buf.truncate(len);
         if let Some(group) = self.groups.get_mut(&id) {
             group.fetching = true;

@@ -71,10 +71,13 @@ impl Shard {
             replaying: Vec::new(),
             replay_over: false,
             lost: Vec::new(),
+            broken: Vec::new(),
+            wedged: false,
             now,
             next_tick: now,
             seal_at: Instant::FAR,
             incarnations: 0,
+            starved: false,
             effects: Vec::new(),
             counted: chunk::Counters::default(),
             metrics,
@@ -193,8 +196,14 @@ impl Shard {
         let ids = self.log.borrow().copysets();
         for &id in &ids {
             let last = self.log.borrow().index(id).map_or(0, Index::last_index);
-            self.start_copyset(id)?;
-            self.replaying.push((id, last));
+            match self.start_copyset(id) {
+                Ok(()) => self.replaying.push((id, last)),
+                // The log lost what it needs. The others go on; it answers CRC_FAIL until it is deleted (rule 21).
+                Err(failure) => {
+                    tracing::error!("{failure}; this copyset is out of service");
+                    self.broken.push(id);
+                }
+            }
         }
         self.state = State::Serving;
         self.replay_step();
@@ -225,6 +234,9 @@ impl Shard {
             election_ticks: 10,
             heartbeat_ticks: 3,
             seed: self.config.seed ^ id.0.rotate_left(17),
+            // What is proposed is bounded by the shard: it makes writes wait, a copyset would refuse them (rule 25).
+            max_waiting: usize::MAX,
+            max_waiting_bytes: usize::MAX,
             ..copyset::Config::new(id, self.config.peer, 0)
         };
         let checkpoint =

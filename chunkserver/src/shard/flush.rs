@@ -8,6 +8,10 @@ use crate::chunk::RoundIo;
 use crate::io::{Instant, Op};
 use raftlog::{CopysetId, Index, Log, Seq};
 
+/// Longest tail of entries, and their payload, that is logged again to free a segment.
+const RELOG_ENTRIES_MAX: u64 = 16;
+const RELOG_BYTES_MAX: usize = 64 << 10;
+
 /// Checkpoints written, awaited: (batch, copyset, applied index).
 type Checkpoints = Vec<(Seq, CopysetId, u64)>;
 
@@ -112,13 +116,20 @@ impl Shard {
 
     fn round_io(&mut self, out: &mut Effects) -> bool {
         let work = self.arenas.work.clone();
-        while let Some((id, io)) = self.store.next_io(&mut |len| work.alloc(len)) {
+        let mut starved = false;
+        let mut alloc = |len: usize| {
+            let buf = work.alloc(len);
+            starved = buf.is_none();
+            buf
+        };
+        while let Some((id, io)) = self.store.next_io(&mut alloc) {
             let op = match io {
                 RoundIo::Write { offset, bufs } => Op::Write { file: DISK, offset, bufs, dsync: false },
                 RoundIo::Sync => Op::Sync { file: DISK },
             };
             self.submit(out, Task::Round(id), op);
         }
+        self.starved |= starved;
         let Some(done) = self.store.round_done() else { return false };
         self.write_checkpoints(done);
         true
@@ -138,6 +149,13 @@ impl Shard {
         }
         self.release_oldest(&mut written);
         let any = !written.is_empty();
+        if !any {
+            // What was purged, or superseded since the last round, may free a segment all the same.
+            let mut log = self.log.borrow_mut();
+            let freed = log.free_segments();
+            let lost = |id: &CopysetId| self.broken.contains(id) || self.groups.get(id).is_some_and(|g| g.damaged);
+            self.wedged = freed == 0 && self.waiting.is_empty() && log.pinning().iter().any(lost);
+        }
         // A round that changed nothing still ends: the next one is due by age.
         self.flush.phase = if any { Phase::Checkpoints(written) } else { Phase::Idle };
         self.flush.next = self.now.after_ms(100);
@@ -147,11 +165,11 @@ impl Shard {
     /// Rule 8: copysets that say nothing new must not pin the oldest segment when space is short.
     fn release_oldest(&self, written: &mut Checkpoints) {
         let mut log = self.log.borrow_mut();
-        if log.used_bytes() * 2 < log.capacity_bytes() {
+        if log.used_bytes() * 2 < log.capacity_bytes() && self.deferred.is_empty() {
             return;
         }
         for id in log.pinning() {
-            if !written.iter().any(|w| w.1 == id) && can_relog(&log, id) {
+            if !written.iter().any(|w| w.1 == id) && !self.broken.contains(&id) && can_relog(&log, id) {
                 written.push((log.relog(id), id, 0));
             }
         }
@@ -173,7 +191,14 @@ impl Shard {
     }
 }
 
-/// A tail whose payloads are in memory. Applied entries' are not any more; the next round's checkpoint covers them.
+/// A tail that is short, and in memory. One that is on its way to be applied is covered by the next round's checkpoint;
+/// to log it again would take the very space that is short. (Applied entries are not in memory any more.)
 fn can_relog(log: &Log, id: CopysetId) -> bool {
-    log.index(id).map(Index::not_resident).is_some_and(|absent| absent.is_empty())
+    let short = |i: &Index| i.last_index() + 1 - i.first_index() <= RELOG_ENTRIES_MAX;
+    log.index(id).is_some_and(|i| {
+        let lens = i.first_index()..=i.last_index();
+        short(i)
+            && lens.filter_map(|n| i.payload_len(n)).sum::<usize>() <= RELOG_BYTES_MAX
+            && i.not_resident().is_empty()
+    })
 }

@@ -12,8 +12,11 @@ mod flush;
 mod propose;
 mod read;
 pub mod request;
+#[cfg(test)]
+mod tests;
 
 pub use boot::log_geometry;
+pub(crate) use read::RESERVE;
 
 use crate::chunk::{self, ApplyError, ExtentPool, Layout, Store};
 use crate::io::buffer::Arena;
@@ -34,6 +37,11 @@ pub const DISK: FileId = FileId(0);
 
 /// An idle log is sealed after this, milliseconds.
 const SEAL_AFTER_MS: u64 = 1_000;
+
+/// What is still owed so long after a stop was asked for is refused, milliseconds.
+const DRAIN_MS: u64 = 150;
+/// What found no buffer is tried again after this, milliseconds.
+const RETRY_MS: u64 = 1;
 
 /// What a shard is told at start.
 #[derive(Clone, Debug)]
@@ -131,7 +139,7 @@ struct Waiting {
 enum State {
     Boot(boot::Boot),
     Serving,
-    Draining { sealed: Option<raftlog::Seq> },
+    Draining { sealed: Option<raftlog::Seq>, until: Instant },
     Stopped,
     Failed(Failure),
 }
@@ -172,6 +180,10 @@ pub struct Shard {
     replay_over: bool,
     /// Copysets of which durable log records are lost.
     lost: Vec<CopysetId>,
+    /// Of these, the ones that cannot even start.
+    broken: Vec<CopysetId>,
+    /// The log has no room, and what fills it is kept for a copyset that is out of service.
+    wedged: bool,
     /// Of the store, as last published.
     counted: chunk::Counters,
     now: Instant,
@@ -179,6 +191,8 @@ pub struct Shard {
     /// When an idle log says that all of it is durable (rule 5).
     seal_at: Instant,
     incarnations: u64,
+    /// A log header, a metadata page or a payload of the replay found no buffer.
+    starved: bool,
     effects: Vec<Effect>,
     metrics: Arc<ShardMetrics>,
 }
@@ -226,7 +240,7 @@ impl Shard {
     pub fn end_turn(&mut self, now: Instant, out: &mut Effects) {
         self.now = now;
         match self.state {
-            State::Failed(_) | State::Stopped => return self.refuse_all(out),
+            State::Failed(_) | State::Stopped => return self.refuse_all(Outcome::DiskFail, out),
             State::Boot(_) => {
                 self.boot_step(out);
                 if !matches!(self.state, State::Serving) {
@@ -239,15 +253,16 @@ impl Shard {
             State::Serving | State::Draining { .. } => {}
         }
         self.tick();
+        self.starved = false;
         loop {
-            self.admit_deferred(out);
-            self.admin_step(out);
-            let worked = self.raft_ready(out) | self.apply_ready(out);
-            if !worked {
+            self.work(out);
+            self.flush_step(out);
+            // A round that ended may have made the room that the first deferred write waits for.
+            if !self.may_admit() {
                 break;
             }
         }
-        self.flush_step(out);
+        self.refuse_wedged(out);
         if self.seal_at <= self.now {
             // None: said already, or something is under way, which will set the time anew.
             self.log.borrow_mut().seal();
@@ -256,18 +271,53 @@ impl Shard {
         self.write_log(out);
         self.start_waiting_reads(out);
         self.replay_step();
-        self.drain_step();
+        self.drain_step(out);
         self.publish();
+    }
+
+    fn work(&mut self, out: &mut Effects) {
+        loop {
+            self.admit_deferred(out);
+            self.admin_step(out);
+            let worked = self.raft_ready(out) | self.apply_ready(out);
+            if !worked {
+                return;
+            }
+        }
     }
 
     /// When `end_turn` must run again even if nothing completes.
     #[must_use]
     pub fn deadline(&self) -> Instant {
         match self.state {
-            State::Serving | State::Draining { .. } => self.flush_deadline().min(self.next_tick).min(self.seal_at),
+            State::Serving | State::Draining { .. } => {
+                let retry = if self.wants_buffers() { self.now.after_ms(RETRY_MS) } else { Instant::FAR };
+                let over = if let State::Draining { until, .. } = self.state {
+                    until.max(self.now.after_ms(1))
+                } else {
+                    Instant::FAR
+                };
+                self.flush_deadline().min(self.next_tick).min(self.seal_at).min(retry).min(over)
+            }
             State::Boot(_) => self.boot_deadline(),
             State::Stopped | State::Failed(_) => Instant::FAR,
         }
+    }
+
+    /// Writes must not wait for what only an operator can do.
+    fn refuse_wedged(&mut self, out: &mut Effects) {
+        if !std::mem::take(&mut self.wedged) || self.deferred.is_empty() {
+            return;
+        }
+        tracing::error!(shard = self.config.shard, "the log is full of what copysets out of service keep: delete them");
+        for request in std::mem::take(&mut self.deferred) {
+            reply(out, request.origin, Outcome::DiskFail);
+        }
+    }
+
+    /// Something waits for a buffer of the work arena. Those come back on other threads too, which wakes nobody.
+    fn wants_buffers(&self) -> bool {
+        self.starved || !self.read_queue.is_empty()
     }
 
     /// Requests are answered, by every shard of the disk.
@@ -285,7 +335,9 @@ impl Shard {
     /// Refuse new requests, finish those in flight, seal the log.
     pub fn drain(&mut self) {
         match self.state {
-            State::Serving => self.state = State::Draining { sealed: None },
+            State::Serving => {
+                self.state = State::Draining { sealed: None, until: self.now.after_ms(DRAIN_MS) };
+            }
             State::Boot(_) => self.state = State::Stopped,
             _ => {}
         }
@@ -303,11 +355,18 @@ impl Shard {
         matches!(self.state, State::Stopped)
     }
 
-    fn drain_step(&mut self) {
-        let State::Draining { sealed } = &mut self.state else { return };
+    fn drain_step(&mut self, out: &mut Effects) {
+        let State::Draining { until, .. } = self.state else { return };
+        for request in std::mem::take(&mut self.deferred) {
+            reply(out, request.origin, Outcome::Stopping); // not begun: the log may have no room for it for long
+        }
+        if until <= self.now {
+            self.refuse_all(Outcome::Stopping, out);
+        }
+        let State::Draining { sealed, .. } = &mut self.state else { return };
         let mut log = self.log.borrow_mut();
         match *sealed {
-            None if self.waiting.is_empty() && self.reads.is_empty() && self.deferred.is_empty() => {
+            None if self.waiting.is_empty() && self.reads.is_empty() => {
                 *sealed = Some(log.seal().unwrap_or_else(|| log.durable_seq()));
             }
             Some(seq) if log.durable_seq() >= seq => self.state = State::Stopped,
@@ -322,20 +381,21 @@ impl Shard {
         }
     }
 
-    /// A failed shard answers everything it still owes.
-    fn refuse_all(&mut self, out: &mut Effects) {
+    /// Answer everything that is still owed.
+    fn refuse_all(&mut self, outcome: Outcome, out: &mut Effects) {
         for waiting in std::mem::take(&mut self.waiting).into_iter().map(|(_, w)| w.origin) {
-            reply(out, waiting, Outcome::DiskFail);
+            reply(out, waiting, outcome);
         }
         for request in std::mem::take(&mut self.deferred).into_iter().chain(std::mem::take(&mut self.early)) {
-            reply(out, request.origin, Outcome::DiskFail);
+            reply(out, request.origin, outcome);
         }
         for job in std::mem::take(&mut self.reads).into_iter().map(|(_, job)| job.origin) {
-            reply(out, job, Outcome::DiskFail);
+            reply(out, job, outcome);
         }
         for pending in std::mem::take(&mut self.admin) {
-            reply(out, pending.origin, Outcome::DiskFail);
+            reply(out, pending.origin, outcome);
         }
+        self.in_flight_bytes = 0;
         self.read_queue.clear();
     }
 
@@ -409,7 +469,10 @@ impl Shard {
     fn write_log(&mut self, out: &mut Effects) {
         loop {
             let Some(len) = self.log.borrow_mut().next_header() else { return };
-            let Some(mut header) = self.arenas.work.alloc(len) else { return };
+            let Some(mut header) = self.arenas.work.alloc(len) else {
+                self.starved = true;
+                return;
+            };
             let write = self.log.borrow_mut().take_write(&mut header);
             let offset = self.layout.log_offset_of(self.config.shard) + write.offset;
             let payload: usize = write.payloads.iter().map(Bytes::len).sum();
@@ -442,6 +505,7 @@ impl Shard {
             leaders: self.groups.values().filter(|g| g.raft.is_leader_ready()).count() as u64,
             chunks: self.store.chunk_count(),
             slots_free: self.store.spare_slots(),
+            slots_unclaimed: self.extents.free_slots(),
             dirty_bytes: self.store.pinned_bytes(),
             log_used_bytes: log.used_bytes(),
             log_bytes: log.capacity_bytes(),

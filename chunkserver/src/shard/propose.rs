@@ -2,16 +2,17 @@
 
 use super::entry::Header;
 use super::request::{BlockCrcs, ChunkOp, Outcome, Reply, ReplyData, Request, RequestOp};
-use super::{Effects, Shard, Waiting, reply};
+use super::{Effects, Shard, State, Waiting, reply};
 use bytes::Bytes;
 use copyset::ProposeError;
-use raftlog::{CopysetId, Log};
+use raftlog::CopysetId;
 
 impl Shard {
     pub(super) fn chunk_request(&mut self, request: Request, out: &mut Effects) {
         let RequestOp::Chunk { chunk, ref op } = request.op else { return };
         let Some(group) = self.groups.get(&request.copyset) else {
-            return reply(out, request.origin, Outcome::NoCopyset);
+            let broken = self.broken.contains(&request.copyset);
+            return reply(out, request.origin, if broken { Outcome::CrcFail } else { Outcome::NoCopyset });
         };
         if group.damaged {
             return reply(out, request.origin, Outcome::CrcFail);
@@ -45,7 +46,13 @@ impl Shard {
         let waiting = self.store.pinned_bytes() as usize + self.in_flight_bytes;
         // One operation always fits: a payload larger than the limit must not wait for ever.
         let memory = waiting == 0 || waiting + len <= self.config.dirty_limit;
-        memory && self.log.borrow().space_for_entries() >= self.proposed_cost + Log::entry_cost(len)
+        memory && self.log.borrow().has_room(self.proposed_cost, len)
+    }
+
+    /// The first write that waits would find room now.
+    pub(super) fn may_admit(&self) -> bool {
+        let Some(Request { op: RequestOp::Chunk { op, .. }, .. }) = self.deferred.front() else { return false };
+        !matches!(self.state, State::Failed(_)) && self.has_room(op)
     }
 
     /// Try again what found no room, in order.
@@ -95,7 +102,7 @@ impl Shard {
             };
             return self.withdraw(id, cookie, outcome, out);
         }
-        self.proposed_cost += Log::entry_cost(pinned);
+        self.proposed_cost += self.log.borrow().entry_cost(pinned);
         self.mark_dirty(id);
     }
 

@@ -10,8 +10,9 @@ use bytes::Bytes;
 use raftlog::CopysetId;
 use smallvec::SmallVec;
 
-/// Device reads leave this much of the work arena for what frees memory: log headers and metadata pages.
-const RESERVE: usize = 8 << 20;
+/// Device reads leave this much of the work arena, but a quarter of it at most, for what frees memory: log headers and
+/// metadata pages.
+pub(crate) const RESERVE: usize = 8 << 20;
 /// A checksum reads this much at a time, bytes.
 const HASH_STEP: u32 = 1 << 20;
 /// Zeros for unwritten blocks.
@@ -35,7 +36,9 @@ pub(super) struct Job {
     plan: ReadPlan,
     done: SmallVec<[Option<Bytes>; 2]>,
     pending: usize,
-    attempts: u8,
+    /// Reads so far that ended stale, and that ended in a mismatch without a reason.
+    stales: u8,
+    rots: u8,
     failed: Option<Outcome>,
     stale: bool,
     rot: bool,
@@ -74,7 +77,8 @@ impl Shard {
 
     /// Answer at once, or put the device to work.
     fn run(&mut self, mut job: Job, out: &mut Effects) {
-        job.done = job.plan.pieces.iter().map(Job::in_memory).collect();
+        let short = self.arenas.all_payload.iter().any(|arena| arena.free_bytes() < arena.size() / 2);
+        job.done = job.plan.pieces.iter().map(|piece| Job::in_memory(piece, short)).collect();
         if job.done.iter().all(Option::is_some) {
             return self.finish(job, out);
         }
@@ -102,7 +106,8 @@ impl Shard {
             })
             .collect();
         let needed: usize = device.iter().map(|d| d.2.next_power_of_two()).sum();
-        if self.arenas.work.free_bytes() < needed + RESERVE {
+        let work = &self.arenas.work;
+        if work.free_bytes() < needed + RESERVE.min(work.size() / 4) {
             return false;
         }
         let mut bufs: SmallVec<[PoolBuf; 2]> = SmallVec::new();
@@ -148,8 +153,11 @@ impl Shard {
             let Some(&Piece::Device { first_block, .. }) = job.plan.pieces.get(piece) else { return };
             match self.store.check(&job.plan.key, first_block, &buf) {
                 Verified::Ok => {
+                    // A reply may wait long for its client, or for the other parts of a volume's read: it must not keep
+                    // what the next read needs, or reads wait for each other for ever.
+                    let short = self.arenas.work.free_bytes() < RESERVE + self.layout.chunk_size as usize;
                     if let Some(slot) = job.done.get_mut(piece) {
-                        *slot = Some(buf.freeze());
+                        *slot = Some(if short { Bytes::copy_from_slice(&buf) } else { buf.freeze() });
                     }
                 }
                 Verified::Stale => job.stale = true,
@@ -168,13 +176,14 @@ impl Shard {
             return self.finish(job, out);
         }
         // Rule 12: a mismatch is read once more before it counts as rot; a block that changed meanwhile as often as it takes.
-        let again = (job.rot && job.attempts == 0) || (job.stale && job.attempts < ATTEMPTS);
-        if again {
+        job.rots += u8::from(job.rot);
+        job.stales += u8::from(job.stale && !job.rot);
+        if (job.rot || job.stale) && job.rots < 2 && job.stales < ATTEMPTS {
             match self.store.read(job.copyset, job.chunk, job.offset, job.len) {
                 Ok(plan) => {
                     let mut next =
                         Job::new(job.origin, job.copyset, job.chunk, job.offset, job.len, plan, job.hash.take());
-                    next.attempts = job.attempts + 1;
+                    (next.stales, next.rots) = (job.stales, job.rots);
                     return self.run(next, out);
                 }
                 Err(outcome) => job.failed = Some(outcome),
@@ -257,7 +266,8 @@ impl Job {
             plan,
             done,
             pending: 0,
-            attempts: 0,
+            stales: 0,
+            rots: 0,
             failed: None,
             stale: false,
             rot: false,
@@ -265,8 +275,10 @@ impl Job {
         }
     }
 
-    fn in_memory(piece: &Piece) -> Option<Bytes> {
+    /// What needs no device. When payload memory is short a reply must not pin it: nobody knows when it will be sent.
+    fn in_memory(piece: &Piece, short: bool) -> Option<Bytes> {
         match piece {
+            Piece::Memory(bytes) if short => Some(Bytes::copy_from_slice(bytes)),
             Piece::Memory(bytes) => Some(bytes.clone()),
             Piece::Zeros(_) => Some(Bytes::new()),
             Piece::Device { .. } => None,

@@ -141,7 +141,7 @@ pub enum Outcome {
 pub struct CopysetStatus {
     /// Group id.
     pub id: u64,
-    /// 1 leader, 3 candidate, 4 follower, 6 uninitialised (passive).
+    /// 1 leader, 3 candidate, 4 follower, 5 out of service (its log is damaged), 6 uninitialised (passive).
     pub state: u32,
     /// This node, 0 if not a member.
     pub peer: u64,
@@ -180,6 +180,8 @@ pub struct ShardStatus {
     pub chunks: u64,
     /// Free slots this shard holds in reserve.
     pub slots_free: u64,
+    /// Free slots of the disk that no shard holds; the same number from every shard.
+    pub slots_unclaimed: u64,
     /// Bytes of payload pinned by blocks not yet on their slots.
     pub dirty_bytes: u64,
     /// Bytes of log in use.

@@ -48,7 +48,6 @@ impl Node {
         };
         let shared = Shared::new(info, 1);
         shared.set_loaded();
-        shared.set_slots_unclaimed(61);
         Self {
             ctx: Context::new(shared, 0),
             arena: Arena::new(64 << 20).unwrap(),
@@ -125,7 +124,12 @@ impl Node {
             AdminOp::ListCopysets => (Outcome::Success, ReplyData::Copysets(self.copysets.values().cloned().collect())),
             AdminOp::DeleteCopyset => (Outcome::Failed, ReplyData::None),
             AdminOp::ShardStatus => {
-                let status = ShardStatus { leaders: 1, chunks: self.chunks.len() as u64, ..ShardStatus::default() };
+                let status = ShardStatus {
+                    leaders: 1,
+                    chunks: self.chunks.len() as u64,
+                    slots_unclaimed: 61,
+                    ..ShardStatus::default()
+                };
                 (Outcome::Success, ReplyData::Shard(Box::new(status)))
             }
         }

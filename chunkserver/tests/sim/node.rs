@@ -1,0 +1,127 @@
+//! The shipping server as the simulator's system: reactor, RPC, shard, log and recovery, unchanged, on [`SimIo`].
+//!
+//! Small on purpose: chunks of 256 KiB, log segments of 1 MiB and a pool of few slots, so that segments roll, logs are
+//! released, checkpoints are taken and the pool runs full within one seed.
+
+use crate::disk::Disk;
+use crate::run::{Program, System};
+use crate::world::{Shared as World, SimIo};
+use chunkserver::chunk::{ExtentPool, Layout, Params};
+use chunkserver::io::buffer::{Arena, BLOCK};
+use chunkserver::io::{Io, ListenerId};
+use chunkserver::mailbox::mesh;
+use chunkserver::metrics::process::ProcessStats;
+use chunkserver::reactor::{Protocol, Reactor, Setup};
+use chunkserver::service::{Info, Shared};
+use chunkserver::shard::{Arenas, Config, Shard};
+use chunkserver::volume::catalog::{Catalog, SharedCatalog};
+use copyset::PeerId;
+use std::net::Ipv4Addr;
+use std::sync::Arc;
+
+const SHARDS: u16 = 2;
+const SIZE: u64 = 64 << 20;
+const CHUNK: u32 = 256 << 10;
+const SEGMENT: u64 = 1 << 20;
+const LOG: u64 = 12 * SEGMENT;
+const DIRTY: usize = 3 << 20;
+const PAYLOAD: usize = 16 << 20;
+const WORK: usize = 16 << 20;
+const FLUSH_AGE_NS: u64 = 20_000_000;
+
+fn peer() -> PeerId {
+    PeerId::new(Ipv4Addr::LOCALHOST, 8200, 0)
+}
+
+/// A node that runs the server.
+pub(crate) struct ServerSystem;
+
+impl ServerSystem {
+    fn params(&self) -> Params {
+        Params {
+            uuid: *b"a simulated disk",
+            size: SIZE,
+            shards: SHARDS,
+            chunk_size: CHUNK,
+            log_bytes_per_shard: LOG,
+            log_segment_size: SEGMENT,
+            flags: 0,
+        }
+    }
+}
+
+impl System for ServerSystem {
+    fn shards(&self) -> u16 {
+        SHARDS
+    }
+    fn listeners(&self) -> u32 {
+        1
+    }
+    fn disk_len(&self) -> u64 {
+        SIZE
+    }
+    fn peer(&self) -> String {
+        peer().to_string()
+    }
+    fn format(&self, disk: &mut Disk) {
+        let layout = Layout::new(&self.params()).expect("the sizes above fit");
+        (0..2).for_each(|copy| disk.preset(copy * BLOCK as u64, &layout.encode()));
+    }
+
+    fn boot(&self, world: &World, node: usize, life: u64) -> Vec<Box<dyn Program>> {
+        let layout = {
+            let world = world.borrow();
+            let disk = &world.nodes[node].disk;
+            Layout::decode(disk.peek(0, 2 * BLOCK), disk.len()).expect("nobody writes the superblock")
+        };
+        let info = Info {
+            peer: peer(),
+            chunk_size: CHUNK,
+            max_inflight: 5_000,
+            version: "sim".into(),
+            config: Vec::new(),
+            process: ProcessStats::default,
+        };
+        let shared = Shared::new(info, usize::from(SHARDS));
+        let arenas = |size| -> Vec<Arc<Arena>> { (0..SHARDS).map(|_| Arena::new(size).expect("memory")).collect() };
+        let (payload, work, extents) = (arenas(PAYLOAD), arenas(WORK), ExtentPool::new(&layout));
+        let mut programs: Vec<Box<dyn Program>> = Vec::new();
+        for (number, mailbox) in (0..SHARDS).zip(mesh(SHARDS)) {
+            let n = usize::from(number);
+            let io = SimIo::new(world, node, number, life);
+            let config = Config {
+                shard: number,
+                peer: peer().0,
+                dirty_limit: DIRTY,
+                flush_age_ns: FLUSH_AGE_NS,
+                election_ms: 1_000,
+                seed: world.borrow_mut().rng.next(),
+            };
+            let arenas =
+                Arenas { payload: Arc::clone(&payload[n]), work: Arc::clone(&work[n]), all_payload: payload.clone() };
+            let metrics = Arc::clone(shared.registry().shard(n).expect("as many as shards"));
+            let shard = Shard::new(config, layout.clone(), arenas.clone(), Arc::clone(&extents), metrics, io.now());
+            let shard = shard.expect("the sizes above suit a shard");
+            let setup = Setup {
+                listeners: if number == 0 { vec![(ListenerId(0), Protocol::Rpc)] } else { Vec::new() },
+                shared: Arc::clone(&shared),
+                catalog: SharedCatalog::new(Catalog::of([])),
+                mailbox,
+                control: None,
+                arenas,
+                layout: layout.clone(),
+            };
+            programs.push(Box::new(Server(Reactor::new(io, number, shard, setup))));
+        }
+        programs
+    }
+}
+
+struct Server(Reactor<SimIo>);
+
+impl Program for Server {
+    fn turn(&mut self) -> Option<String> {
+        self.0.turn();
+        self.0.finished().then(|| self.0.failure().map_or_else(|| "stopped".into(), ToString::to_string))
+    }
+}
