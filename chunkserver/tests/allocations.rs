@@ -20,7 +20,7 @@ static HEAP: heap::Counting = heap::Counting;
 
 const DEPTH: u64 = 64;
 /// Allocations per write today, all of them; the test is there so that it goes down only.
-const BOUND: f64 = 40.0;
+const BOUND: f64 = 7.0;
 /// Every so many allocations one is looked at. Prime, so that it does not fall in step with the writes.
 const SAMPLE: u64 = 23;
 

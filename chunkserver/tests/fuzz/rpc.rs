@@ -53,13 +53,17 @@ impl Connections {
             let mut input = cuts.piece(&mut rest);
             loop {
                 let progress = connection.received(&mut input, &self.arena, &mut out);
-                let http = out.iter().filter(|one| matches!(one, Incoming::Http(_))).count();
+                // At most one HTTP request: the next waits for its answer. After nonsense the service closes.
+                let http = out
+                    .iter()
+                    .find_map(|one| if let Incoming::Http(http) = one { Some(http.keep_alive) } else { None });
                 seen.extend(out.drain(..).map(|one| describe(&one)));
-                // At most one: the next waits for its answer.
-                (0..http).for_each(|_| connection.push_reply(Out { http: true, ..Out::default() }));
+                if let Some(keep_alive) = http {
+                    connection.push_reply(Out { http: true, close: !keep_alive, ..Out::default() });
+                }
                 match progress {
                     Ok(Progress::Consumed) => break,
-                    Ok(Progress::Later) if http > 0 || connection.may_receive() => {}
+                    Ok(Progress::Later) if connection.may_receive() => {}
                     Ok(Progress::Later | Progress::NoBuffer) => return seen,
                     Err(error) => {
                         seen.push(error.to_string());

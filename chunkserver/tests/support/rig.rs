@@ -136,6 +136,8 @@ impl Rig {
         rig.turn_until("started", |rig| rig.reactor.serving() && rig.wire.borrow().waiting.is_some());
         rig.send(&create());
         rig.turn_until("a copyset", |rig| rig.wire.borrow().sends == 1);
+        // Until it leads itself.
+        (0..16).for_each(|_| rig.reactor.turn());
         rig.run(&writes((0..CHUNKS).map(|chunk| (chunk, 0))), CHUNKS);
         rig
     }
@@ -148,7 +150,7 @@ impl Rig {
             self.reactor.turn();
             assert!(self.reactor.failure().is_none(), "{:?}", self.reactor.failure());
         }
-        panic!("never: {what}");
+        panic!("never: {what}; answered {:?}", self.answered());
     }
 
     fn send(&mut self, stream: &Bytes) {
