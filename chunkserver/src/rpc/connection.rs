@@ -340,7 +340,8 @@ impl Connection {
     fn emit(&mut self, mut incoming: Incoming, out: &mut Vec<Incoming>) {
         self.requests += 1;
         // One receive may bring hundreds of reads; each is to be counted before the next is let in.
-        self.uncounted |= matches!(&incoming, Incoming::Call(call) if !matches!(call.attachment, Attachment::Data { .. }));
+        self.uncounted |=
+            matches!(&incoming, Incoming::Call(call) if !matches!(call.attachment, Attachment::Data { .. }));
         self.held += match &mut incoming {
             Incoming::Call(call) => call.cost,
             Incoming::Reject(reject) => {

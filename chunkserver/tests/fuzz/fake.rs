@@ -80,7 +80,7 @@ pub(crate) fn answer(op: &RequestOp, chunk_size: u32, odd: usize, rng: &mut Rng)
         }
         (_, RequestOp::Admin(AdminOp::CopysetStatus)) => ReplyData::Copysets(vec![status()]),
         (_, RequestOp::Admin(AdminOp::ListCopysets)) => ReplyData::Copysets(vec![status(); rng.below(3)]),
-        (_, RequestOp::Admin(AdminOp::ShardStatus)) => ReplyData::Shard(Box::new(ShardStatus::default())),
+        (_, RequestOp::Admin(AdminOp::ShardStatus)) => ReplyData::Shard(Box::<ShardStatus>::default()),
         _ => ReplyData::None,
     };
     Reply { origin: Origin { shard: 0, slot: 0, serial: 0 }, outcome, applied_index: rng.next(), data }
