@@ -213,7 +213,7 @@ impl Loads {
     }
 
     fn use_all(&self, stores: &mut [Store], zones: &mut Zones, rng: &mut Rng) {
-        for (&id, _) in &self.known {
+        for &id in self.known.keys() {
             let shard = shard_of(id, SHARDS);
             let store = &mut stores[usize::from(shard)];
             for chunk in 0..5 {

@@ -116,7 +116,7 @@ fn image(seed: u64, operations: usize) -> Vec<u8> {
                 let count = 1 + rng.below(3) as u64;
                 let blocks = rng.below(3);
                 let entries: Vec<Entry> = (first..first + count).map(|i| entry(i, term, blocks, &mut rng)).collect();
-                let room: u64 = entries.iter().map(|e| Log::entry_cost(e.payload.len())).sum();
+                let room: u64 = entries.iter().map(|e| log.entry_cost(e.payload.len())).sum();
                 if log.space_for_entries() < room {
                     continue;
                 }
