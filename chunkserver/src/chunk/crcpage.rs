@@ -62,7 +62,8 @@ pub(super) fn decode(
         && u32::from(u16_at(bytes, 12)) == page
         && u16_at(bytes, 14) == VERSION
         && u64_at(bytes, 16) == generation
-        && u64_at(bytes, 24) > newer_than;
+        && u64_at(bytes, 24) > newer_than
+        && u64_at(bytes, 24) <= page::GENERATION_MAX;
     if !ours || !page::verify(bytes, CRC_AT, layout.seed()) {
         return None;
     }

@@ -195,6 +195,10 @@ pub(super) fn decode(layout: &Layout, slot: u32, page: &Page) -> Result<Metapage
     if page[11] != 0 || u16_at(page, 94) != 0 {
         return Err(MetaError::Invalid("reserved"));
     }
+    let (generation, number) = (u64_at(page, 16), u64_at(page, 24));
+    if generation > page::GENERATION_MAX || number > page::GENERATION_MAX {
+        return Err(MetaError::Invalid("generation"));
+    }
     let content = match page[10] {
         0 => Content::Tombstone(Tombstone {
             copyset: CopysetId(u64_at(page, 32)),
@@ -206,7 +210,7 @@ pub(super) fn decode(layout: &Layout, slot: u32, page: &Page) -> Result<Metapage
         1 => Content::Chunk(decode_chunk(layout, page)?),
         _ => return Err(MetaError::Invalid("state")),
     };
-    Ok(Metapage { slot, generation: u64_at(page, 16), page: u64_at(page, 24), content })
+    Ok(Metapage { slot, generation, page: number, content })
 }
 
 fn decode_chunk(layout: &Layout, page: &Page) -> Result<ChunkMeta, MetaError> {

@@ -9,6 +9,9 @@ use raftlog::BLOCK;
 /// One page: 4 KiB.
 pub(super) type Page = [u8; BLOCK];
 
+/// Generations count from 0 by ones; a larger one was never reached by counting, and must not be counted on from.
+pub(super) const GENERATION_MAX: u64 = 1 << 62;
+
 /// View `data` as one page; `None` for any other length.
 pub(super) fn page(data: &[u8]) -> Option<&Page> {
     data.try_into().ok()

@@ -225,9 +225,13 @@ impl Connection {
             Step::Http(start) => {
                 let mut parser = HttpParser::default();
                 let mut first = start.as_bytes();
-                // A dozen bytes at most, which hold no complete request.
-                let request = parser.feed(&mut first);
-                assert!(request.is_none() && first.is_empty(), "an HTTP request in {} bytes", start.as_bytes().len());
+                // A dozen bytes at most, which hold no valid request; an empty one closes the connection, and what is
+                // behind it does not matter.
+                if let Some(request) = parser.feed(&mut first) {
+                    self.http_waits = true;
+                    self.emit(Incoming::Http(request), out);
+                    return Ok(None);
+                }
                 self.state = State::Http(parser);
             }
         }

@@ -2,9 +2,7 @@
 
 use crate::engine::Rng;
 use bytes::Bytes;
-use chunkserver::shard::request::{
-    AdminOp, ChunkOp, CopysetStatus, Origin, Outcome, Reply, ReplyData, RequestOp, ShardStatus,
-};
+use chunkserver::shard::request::{AdminOp, ChunkOp, CopysetStatus, Origin, Outcome, Reply, ReplyData, RequestOp};
 use raftlog::{BLOCK, crc32c};
 use smallvec::SmallVec;
 
@@ -80,7 +78,7 @@ pub(crate) fn answer(op: &RequestOp, chunk_size: u32, odd: usize, rng: &mut Rng)
         }
         (_, RequestOp::Admin(AdminOp::CopysetStatus)) => ReplyData::Copysets(vec![status()]),
         (_, RequestOp::Admin(AdminOp::ListCopysets)) => ReplyData::Copysets(vec![status(); rng.below(3)]),
-        (_, RequestOp::Admin(AdminOp::ShardStatus)) => ReplyData::Shard(Box::<ShardStatus>::default()),
+        (_, RequestOp::Admin(AdminOp::ShardStatus)) => ReplyData::Shard(Box::default()),
         _ => ReplyData::None,
     };
     Reply { origin: Origin { shard: 0, slot: 0, serial: 0 }, outcome, applied_index: rng.next(), data }

@@ -253,3 +253,17 @@ fn http_and_rpc_alternate_and_close_is_honoured() {
     assert_eq!(responses(&sent[at..end])[0].status(), 0);
     assert!(connection.is_finished() && !connection.may_receive());
 }
+
+#[test]
+fn an_empty_http_request_is_answered_and_closed() {
+    for stream in [&b"GET \r\n\r\n"[..], b"GET \r\n\r\nPRPC", b"POST \r\n\r\n", b"GET x\r\n\r\nGET / HTTP/1.1\r\n\r\n"]
+    {
+        for size in [1, stream.len()] {
+            let mut node = Node::with_copyset();
+            let mut connection = node.connection();
+            let sent: Vec<u8> = stream.chunks(size).flat_map(|piece| node.serve(&mut connection, piece)).collect();
+            assert!(sent.starts_with(b"HTTP/1.1 400 "), "{stream:?}");
+            assert!(connection.is_finished());
+        }
+    }
+}

@@ -225,7 +225,7 @@ proptest! {
     }
 
     #[test]
-    fn crc_pages_round_trip(slot in 0u32..60, generation: u64, page_generation in 1u64.., stale in 0u64..3) {
+    fn crc_pages_round_trip(slot in 0u32..60, generation: u64, page_generation in 1u64..=page::GENERATION_MAX, stale in 0u64..3) {
         let l = layout(2 << 30, 1, 16 << 20);
         let table: Vec<u32> = (0..4096u32).map(|n| n ^ slot).collect();
         let mut bytes = [0; BLOCK];
@@ -242,6 +242,20 @@ proptest! {
         }
         prop_assert_eq!(back, table);
     }
+}
+
+#[test]
+fn absurd_generations_are_refused() {
+    let layout = Layout::new(&params()).unwrap();
+    let content = Content::Chunk(full_chunk(&layout));
+    for (generation, number) in [(u64::MAX, 6), (5, u64::MAX), (page::GENERATION_MAX + 1, 6)] {
+        let mut out = [0; BLOCK];
+        meta::encode(&layout, 2, generation, number, &content, &mut out);
+        assert_eq!(meta::decode(&layout, 2, &out), Err(MetaError::Invalid("generation")));
+    }
+    let (mut out, mut table) = ([0; BLOCK], vec![0; layout.blocks() as usize]);
+    crcpage::encode(&layout, 2, 0, 5, u64::MAX, &table, &mut out);
+    assert_eq!(crcpage::decode(&layout, 2, 0, 5, 0, &out, &mut table), None);
 }
 
 #[test]
