@@ -1,10 +1,15 @@
 //! The configuration file of `chunkserver serve`: TOML, every key with a default, unknown keys are errors.
 
 use crate::limits;
+use crate::shard::RESERVE;
 use bytesize::ByteSize;
 use serde::{Deserialize, Serialize};
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
+
+/// Block numbers of an arena have 32 bits; far below that, nobody has the memory.
+const MEMORY_MAX: u64 = 1 << 40;
+const DAY_MS: u64 = 24 * 60 * 60 * 1000;
 
 /// Configuration of a server. Sizes are written as `"64MiB"`, durations end in their unit.
 #[derive(Clone, Debug, Deserialize, Serialize)]
@@ -117,17 +122,41 @@ impl Config {
         if self.dirty_limit.0 < 1 << 20 {
             return bad("dirty_limit", "at least 1MiB");
         }
-        if self.payload_buffers.0 < self.dirty_limit.0 * 3 / 2 {
+        if self.payload_buffers.0 < self.dirty_limit.0.saturating_add(self.dirty_limit.0 / 2) {
             return bad("payload_buffers", "at least one and a half times dirty_limit");
         }
         if self.work_buffers.0 < 16 << 20 {
             return bad("work_buffers", "at least 16MiB");
+        }
+        if self.flush_age_ms > DAY_MS {
+            return bad("flush_age_ms", "at most a day");
         }
         if self.flush_age_ms == 0 || self.max_inflight_requests == 0 {
             return bad("flush_age_ms, max_inflight_requests", "must not be 0");
         }
         if self.election_timeout_ms < 50 {
             return bad("election_timeout_ms", "at least 50");
+        }
+        Ok(())
+    }
+
+    /// Check what depends on the disk.
+    ///
+    /// # Errors
+    /// [`ConfigError::Value`].
+    pub fn check_disk(&self, chunk_size: u32) -> Result<(), ConfigError> {
+        let bad = |key, message: String| Err(ConfigError::Value { key, message });
+        let chunk = u64::from(chunk_size);
+        // Buffers are pieces of a power of two: one for a whole chunk must fit beside others, or its writer waits for ever.
+        if self.payload_buffers.0 < 2 * chunk {
+            return bad("payload_buffers", format!("at least two chunks of this disk, {}", ByteSize(2 * chunk)));
+        }
+        let reads = 2 * chunk + RESERVE as u64; // pieces of a read are rounded up, to less than twice their size
+        if self.work_buffers.0 < reads {
+            return bad("work_buffers", format!("at least {} for chunks of this disk", ByteSize(reads)));
+        }
+        if self.payload_buffers.0.max(self.work_buffers.0) > MEMORY_MAX {
+            return bad("payload_buffers, work_buffers", format!("at most {} each", ByteSize(MEMORY_MAX)));
         }
         Ok(())
     }
@@ -157,9 +186,29 @@ mod tests {
     fn defaults_pass_their_own_check_and_round_trip() {
         let config = Config::default();
         config.check().unwrap();
+        config.check_disk(16 << 20).unwrap();
         let text = toml::to_string(&config).unwrap();
         let again: Config = toml::from_str(&text).unwrap();
         assert_eq!(format!("{again:?}"), format!("{config:?}"));
+    }
+
+    #[test]
+    fn buffers_too_small_for_the_disk_are_refused() {
+        let small = Config { payload_buffers: ByteSize::mib(8), dirty_limit: ByteSize::mib(2), ..Config::default() };
+        small.check().unwrap();
+        assert!(small.check_disk(16 << 20).is_err() && small.check_disk(1 << 20).is_ok());
+        let small = Config { work_buffers: ByteSize::mib(16), ..Config::default() };
+        assert!(small.check_disk(16 << 20).is_err());
+        let huge = Config { dirty_limit: ByteSize(u64::MAX), payload_buffers: ByteSize(u64::MAX), ..Config::default() };
+        assert!(huge.check().is_err() || huge.check_disk(1 << 20).is_err());
+    }
+
+    #[test]
+    fn absurd_sizes_are_refused() {
+        let config = Config { dirty_limit: ByteSize(u64::MAX), ..Config::default() };
+        assert!(config.check().is_err());
+        let config = Config { flush_age_ms: u64::MAX, ..Config::default() };
+        assert!(config.check().is_err());
     }
 
     #[test]

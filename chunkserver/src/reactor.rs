@@ -102,6 +102,8 @@ pub struct Reactor<I: Io> {
     again: bool,
     requested: bool,
     starved: bool,
+    /// When stalled payloads may be looked for again.
+    look_for_stalled: Instant,
     draining: Option<drain::Drain>,
 }
 
@@ -140,6 +142,7 @@ impl<I: Io> Reactor<I> {
             again: true,
             requested: false,
             starved: false,
+            look_for_stalled: Instant(0),
             draining: None,
             setup,
         }
@@ -213,6 +216,7 @@ impl<I: Io> Reactor<I> {
         for pass in 0.. {
             if self.starved {
                 self.starved = false;
+                self.end_stalled();
                 self.shard.want_memory();
                 self.wake_all();
             }

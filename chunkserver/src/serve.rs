@@ -53,6 +53,7 @@ pub fn run(config: &Config) -> anyhow::Result<ExitCode> {
     let wait = Duration::from_millis(config.start_wait_ms);
     let disk = Disk::open(&config.data, wait)?;
     let layout = disk.layout.clone();
+    config.check_disk(layout.chunk_size)?;
     let catalog = CatalogStore::open(&config.catalog())?;
     let sockets = Sockets::bind(config, wait)?;
     let peer = peer_id(sockets.rpc_address)?;
@@ -204,7 +205,7 @@ impl Parts<'_> {
             shard,
             peer: self.peer.0,
             dirty_limit: self.config.dirty_limit.0 as usize,
-            flush_age_ns: self.config.flush_age_ms * 1_000_000,
+            flush_age_ns: self.config.flush_age_ms.saturating_mul(1_000_000),
             election_ms: self.config.election_timeout_ms,
             seed: u64::from_le_bytes(seed),
         }

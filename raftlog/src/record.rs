@@ -161,7 +161,7 @@ fn plausible(h: &Head, geometry: &Geometry) -> bool {
     let ends = u64::from(h.header_len).checked_add(h.payload_len);
     let covers =
         if h.seal { h.durable_seq == h.seq } else { h.durable_seq < h.seq && h.seq - h.durable_seq <= LAG_MAX };
-    h.generation > 0
+    (1..u64::MAX / 2).contains(&h.generation)
         && (u64::from(!h.seal)..u64::MAX / 2).contains(&h.seq)
         && (1..=h.seq.max(1)).contains(&h.live_seq)
         && covers

@@ -238,6 +238,7 @@ fn a_batch_counts_only_in_its_place_in_the_chain() {
     assert_eq!(forged(&[(5, 1, 1, None), (5, 2, 1, Some(77)), (5, 3, 1, None)]), ids(&[1]), "another predecessor");
     assert_eq!(forged(&[(5, 1, 1, None), (4, 2, 1, None)]), ids(&[1]), "an older generation");
     assert_eq!(forged(&[(5, 1, 1, None), (5, 3, 1, None)]), ids(&[1]), "a hole");
+    assert_eq!(forged(&[(5, 1, 1, None), (u64::MAX, 2, 1, None)]), ids(&[1]), "a generation nobody counts to");
     assert_eq!(forged(&[(5, 1, 1, None), (5, 2, 2, None)]), ids(&[2]), "a copyset that died before live_seq");
 }
 

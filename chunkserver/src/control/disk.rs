@@ -13,6 +13,8 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 const STEP: usize = 4 << 20;
+/// `format` waits this long for the lock: the kernel may still be ending the I/O of a server that is gone (rule 2).
+const FORMAT_WAIT: Duration = Duration::from_secs(2);
 const TMPFS_MAGIC: u64 = 0x0102_1994;
 
 /// Why a disk cannot be used.
@@ -200,7 +202,7 @@ fn format_open(
     progress: &mut dyn FnMut(u64, u64),
 ) -> Result<Layout, DiskError> {
     let path = what.path.as_path();
-    lock(file, path, Duration::ZERO)?;
+    lock(file, path, FORMAT_WAIT)?;
     refuse_tmpfs(file, path)?;
     if let Some(why) = occupied(file, path, block_device)?
         && !what.force

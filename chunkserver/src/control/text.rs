@@ -26,7 +26,7 @@ fn line(out: &mut String, indent: usize, text: &str) {
 }
 
 fn object(out: &mut String, map: &Map<String, Value>, indent: usize) {
-    let width = map.keys().map(|key| words(key).len()).max().unwrap_or(0) + 2;
+    let width = map.keys().map(String::len).max().unwrap_or(0) + 2;
     for (key, value) in map {
         let nested = match value {
             Value::Object(_) => true,
@@ -48,7 +48,9 @@ fn table(out: &mut String, rows: &[Value], indent: usize) {
     let text = |row: &Value, key: &str| row.get(key).map_or_else(String::new, |v| cell(key, v));
     let widths: Vec<usize> = keys
         .iter()
-        .map(|key| rows.iter().map(|row| text(row, key).chars().count()).max().unwrap_or(0).max(words(key).len()))
+        .map(|key| {
+            rows.iter().map(|row| text(row, key).chars().count()).max().unwrap_or(0).max(words(key).chars().count())
+        })
         .collect();
     let join = |cells: Vec<String>| {
         let padded: Vec<String> = cells.iter().zip(&widths).map(|(c, &w)| format!("{c:<w$}")).collect();

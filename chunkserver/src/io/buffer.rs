@@ -330,6 +330,12 @@ impl RecvBuf {
         assert!(len <= buf.len());
         Self(Received::Pooled(buf, len))
     }
+
+    /// Whether it is on loan: to be given back within the turn.
+    #[must_use]
+    pub fn is_pooled(&self) -> bool {
+        matches!(self.0, Received::Pooled(..))
+    }
 }
 
 impl Deref for RecvBuf {

@@ -146,12 +146,20 @@ pub struct RingCounters {
 enum Kind {
     Free,
     Read(Option<PoolBuf>),
-    Write { len: usize },
+    Write {
+        len: usize,
+    },
     Sync,
     Accept,
     Recv,
     RecvInto(Option<PoolBuf>),
-    Send { conn: ConnId, len: usize, sent: usize },
+    /// `life`: see [`Uring::lives`].
+    Send {
+        conn: ConnId,
+        life: u32,
+        len: usize,
+        sent: usize,
+    },
     Close,
 }
 
@@ -204,7 +212,10 @@ pub struct Uring {
     free: Vec<u32>,
     in_flight: usize,
     doorbells: Arc<Doorbells>,
-    doorbell_value: Box<u64>,
+    doorbell_value: std::mem::ManuallyDrop<Box<u64>>,
+    /// By descriptor: how many connections of that number were closed here. A send that the kernel cut short may only
+    /// go on while its connection is open: after the close the number may be another client's.
+    lives: Vec<u32>,
     now: Instant,
     counters: Arc<RingCounters>,
 }
@@ -247,7 +258,8 @@ impl Uring {
             free: Vec::new(),
             in_flight: 0,
             doorbells: setup.doorbells,
-            doorbell_value: Box::new(0),
+            doorbell_value: std::mem::ManuallyDrop::new(Box::new(0)),
+            lives: Vec::new(),
             now: clock(),
             counters: Arc::default(),
             ring,
@@ -264,7 +276,7 @@ impl Uring {
 
     fn watch_doorbell(&mut self) {
         let event = Fd(self.doorbells.events[usize::from(self.shard)].as_raw_fd());
-        let entry = opcode::Read::new(event, std::ptr::from_mut(&mut *self.doorbell_value).cast(), 8);
+        let entry = opcode::Read::new(event, std::ptr::from_mut(&mut **self.doorbell_value).cast(), 8);
         self.push(&entry.build().user_data(DOORBELL));
     }
 
@@ -275,6 +287,18 @@ impl Uring {
             if unsafe { self.ring.submission().push(entry) }.is_ok() {
                 return;
             }
+            self.enter(0);
+        }
+    }
+
+    /// Submit what is queued until so many entries fit.
+    fn make_room(&mut self, entries: usize) {
+        loop {
+            let queue = self.ring.submission();
+            if queue.capacity() - queue.len() >= entries {
+                return;
+            }
+            drop(queue);
             self.enter(0);
         }
     }
@@ -357,10 +381,11 @@ impl Uring {
 
     fn submit_send(&mut self, token: Token, conn: ConnId, bufs: SmallVec<[Bytes; 16]>) {
         let slot = self.take(token, Kind::Free);
+        let life = self.life(conn);
         let flight = &mut self.flights[slot as usize];
         flight.bufs = bufs;
         let len = flight.bufs.iter().map(Bytes::len).sum();
-        flight.kind = Kind::Send { conn, len, sent: 0 };
+        flight.kind = Kind::Send { conn, life, len, sent: 0 };
         self.push_send(slot);
     }
 
@@ -376,8 +401,18 @@ impl Uring {
         self.push(&entry.user_data(u64::from(slot)));
     }
 
+    fn life(&self, conn: ConnId) -> u32 {
+        usize::try_from(conn.0).ok().and_then(|fd| self.lives.get(fd)).copied().unwrap_or(0)
+    }
+
     fn submit_close(&mut self, token: Token, conn: ConnId) {
         let slot = self.take(token, Kind::Close);
+        if let Ok(fd) = usize::try_from(conn.0) {
+            self.lives.resize(self.lives.len().max(fd + 1), 0);
+            self.lives[fd] = self.lives[fd].wrapping_add(1);
+        }
+        // A link ends with the submission: alone, the shutdown could meet the next owner of the number.
+        self.make_room(2);
         let shutdown = opcode::Shutdown::new(Fd(conn.0), libc::SHUT_RDWR).build();
         self.push(&shutdown.flags(squeue::Flags::IO_HARDLINK).user_data(IGNORE));
         self.push(&opcode::Close::new(Fd(conn.0)).build().user_data(u64::from(slot)));
@@ -411,7 +446,11 @@ impl Uring {
                 slot => {
                     let slot = slot as u32;
                     let flight = &mut self.flights[slot as usize];
-                    match finish(flight, &entry, &mut self.recv) {
+                    let open = match flight.kind {
+                        Kind::Send { conn, life, .. } => self.lives.get(conn.0 as usize).copied().unwrap_or(0) == life,
+                        _ => true,
+                    };
+                    match finish(flight, &entry, &mut self.recv, open) {
                         Some(done) => {
                             out.push(Completion { token: flight.token, done });
                             flight.kind = Kind::Free;
@@ -436,7 +475,7 @@ impl Uring {
 }
 
 /// Turn a kernel completion into ours; `None` = a short send that goes on.
-fn finish(flight: &mut Flight, entry: &cqueue::Entry, recv: &mut RecvRing) -> Option<Done> {
+fn finish(flight: &mut Flight, entry: &cqueue::Entry, recv: &mut RecvRing, open: bool) -> Option<Done> {
     let result = entry.result();
     let errno = || Errno(-result);
     let whole = |len: usize| {
@@ -457,14 +496,11 @@ fn finish(flight: &mut Flight, entry: &cqueue::Entry, recv: &mut RecvRing) -> Op
         Kind::Write { len } => Done::Write(whole(*len)),
         Kind::Sync => Done::Sync(whole(0)),
         Kind::Accept => Done::Accept(if result < 0 { Err(errno()) } else { Ok(ConnId(result)) }),
-        Kind::Recv => Done::Recv(if result < 0 {
-            Err(errno())
-        } else {
-            Ok(match cqueue::buffer_select(entry.flags()) {
-                Some(id) => recv.take(id, result as usize),
-                None => RecvBuf::new(Bytes::new()),
-            })
-        }),
+        Kind::Recv => {
+            // Whatever the result: a buffer that was used up is ours again.
+            let buf = cqueue::buffer_select(entry.flags()).map(|id| recv.take(id, result.max(0) as usize));
+            Done::Recv(if result < 0 { Err(errno()) } else { Ok(buf.unwrap_or_else(|| RecvBuf::new(Bytes::new()))) })
+        }
         Kind::RecvInto(buf) => Done::RecvInto {
             buf: buf.take().expect("a receive owns its buffer"),
             result: if result < 0 { Err(errno()) } else { Ok(result as usize) },
@@ -474,7 +510,7 @@ fn finish(flight: &mut Flight, entry: &cqueue::Entry, recv: &mut RecvRing) -> Op
                 Done::Send(Err(errno()))
             } else {
                 *sent += result as usize;
-                if *sent < *len && result > 0 {
+                if *sent < *len && result > 0 && open {
                     return None;
                 }
                 Done::Send(if *sent == *len { Ok(()) } else { Err(Errno(libc::EPIPE)) })
@@ -613,6 +649,8 @@ impl Io for Uring {
     }
 
     fn turn(&mut self, deadline: Instant, out: &mut Vec<Completion>) {
+        // What the turn before gave back is there before its receives are.
+        self.recv.refill();
         let wait = if deadline == Instant::FAR { u64::MAX } else { deadline.since_ns(clock()) };
         self.enter(wait);
         self.now = clock();
@@ -734,6 +772,47 @@ mod tests {
             }
         }
         drop(client);
+    }
+
+    #[test]
+    fn the_rest_of_a_send_cut_short_by_a_close_reaches_nobody_else() {
+        let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        let bells = Doorbells::new(1).unwrap();
+        let (mut io, _arena) = ring(vec![], vec![listener.as_raw_fd()], 0, &bells);
+        let address = listener.local_addr().unwrap();
+        let connect = |io: &mut Uring| {
+            io.submit(Token(1), Op::Accept { listener: ListenerId(0) });
+            let client = std::net::TcpStream::connect(address).unwrap();
+            let Done::Accept(Ok(conn)) = wait(io, 1).remove(0).done else { panic!() };
+            (client, conn)
+        };
+        for _ in 0..5 {
+            let (slow, first) = connect(&mut io);
+            let secret = Bytes::from(vec![7u8; 32 << 20]); // more than the sockets hold
+            io.submit(Token(2), Op::Send { conn: first, bufs: [secret].into_iter().collect() });
+            let mut none = Vec::new();
+            io.turn(clock().after_ms(5), &mut none);
+            assert!(none.is_empty());
+            let mut other = std::net::TcpStream::connect(address).unwrap();
+            io.submit(Token(3), Op::Close { conn: first });
+            let mut out = Vec::new();
+            io.turn(clock(), &mut out);
+            std::thread::sleep(std::time::Duration::from_millis(20));
+            // The next client gets the number.
+            let taken = listener.accept().unwrap().0;
+            let number = rustix::io::fcntl_dupfd_cloexec(&taken, first.0).unwrap();
+            for _ in 0..20 {
+                io.turn(clock().after_ms(1), &mut out);
+            }
+            assert_eq!(out.len(), 2, "{out:?}");
+            for c in out {
+                assert!(matches!(c.done, Done::Close | Done::Send(Err(_))));
+            }
+            drop((taken, number, slow));
+            let mut got = Vec::new();
+            other.read_to_end(&mut got).unwrap();
+            assert!(got.is_empty(), "{} bytes of somebody else's reply", got.len());
+        }
     }
 
     #[test]

@@ -233,6 +233,12 @@ impl Session {
         matches!(self.phase, Phase::Admit(_))
     }
 
+    /// A payload is being received, and has its buffers.
+    #[must_use]
+    pub const fn holds_payload(&self) -> bool {
+        matches!(self.phase, Phase::Payload(..))
+    }
+
     /// Bytes that wait to be sent or are being sent.
     #[must_use]
     pub fn backlog_bytes(&self) -> usize {

@@ -5,7 +5,7 @@
 
 use super::{Owner, Protocol, Reactor, token};
 use crate::io::buffer::{PoolBuf, RecvBuf};
-use crate::io::{ConnId, Done, Errno, Io, ListenerId, Op};
+use crate::io::{ConnId, Done, Errno, Instant, Io, ListenerId, Op};
 use crate::metrics::Counter;
 use crate::nbd;
 use crate::rpc;
@@ -14,6 +14,8 @@ use crate::rpc;
 const ACCEPTS: usize = 4;
 /// Buffers of one vectored send.
 const SEND_BUFS: usize = 256;
+/// A payload that did not grow for this long gives up its buffer when others wait for one: its connection is closed.
+const STALL_MS: u64 = 1000;
 /// Pause after accept failed (out of file descriptors, most likely), milliseconds.
 const ACCEPT_PAUSE_MS: u64 = 50;
 
@@ -33,6 +35,8 @@ pub(super) struct Conn {
     /// Received and not yet used.
     input: Option<(RecvBuf, usize)>,
     receiving: bool,
+    /// When bytes last arrived.
+    moved: Instant,
     sending: bool,
     listed: bool,
     touched: bool,
@@ -48,6 +52,13 @@ impl Conn {
     }
     pub(super) fn is_nbd(&self) -> bool {
         matches!(self.session, Session::Nbd(_))
+    }
+    /// In the middle of a payload, with memory for all of it.
+    fn holds_payload(&self) -> bool {
+        match &self.session {
+            Session::Rpc(c) => c.holds_payload(),
+            Session::Nbd(s) => s.holds_payload(),
+        }
     }
     /// Owes no answer and has none queued.
     pub(super) fn is_quiet(&self) -> bool {
@@ -133,6 +144,7 @@ impl<I: Io> Reactor<I> {
             session,
             input: None,
             receiving: false,
+            moved: self.io.now(),
             sending: false,
             listed: false,
             touched: false,
@@ -153,8 +165,10 @@ impl<I: Io> Reactor<I> {
     }
 
     pub(super) fn received(&mut self, index: usize, serial: u32, done: Done) {
+        let now = self.io.now();
         let Some(conn) = self.conns.get_mut(index).filter(|c| c.serial == serial) else { return };
         conn.receiving = false;
+        conn.moved = now;
         self.touch(index);
         match done {
             Done::Recv(Ok(data)) => self.input(index, data),
@@ -197,14 +211,24 @@ impl<I: Io> Reactor<I> {
 
     /// Let the session use what was received.
     fn parse(&mut self, index: usize) {
+        while self.parse_some(index) {}
+    }
+
+    /// True if there is more to parse, now that what came of it so far is begun.
+    fn parse_some(&mut self, index: usize) -> bool {
         let now = self.io.now();
-        let Some(conn) = self.conns.get_mut(index) else { return };
-        let Some((data, at)) = conn.input.take().filter(|_| !conn.doomed) else { return };
+        let Some(conn) = self.conns.get_mut(index) else { return false };
+        let Some((data, at)) = conn.input.take().filter(|_| !conn.doomed) else { return false };
         let mut rest = data.get(at..).unwrap_or_default();
         let arena = &self.setup.arenas.payload;
+        let mut more = false;
         let (waits, starved, failed) = match &mut conn.session {
             Session::Rpc(c) => match c.received(&mut rest, arena, &mut self.incoming) {
                 Ok(rpc::Progress::Consumed) => (false, false, None),
+                Ok(rpc::Progress::More) => {
+                    more = true;
+                    (false, false, None)
+                }
                 Ok(rpc::Progress::NoBuffer) => (true, true, None),
                 Ok(rpc::Progress::Later) => (true, false, None),
                 Err(reason) => (false, false, Some(reason.to_string())),
@@ -215,9 +239,20 @@ impl<I: Io> Reactor<I> {
                 Err(reason) => (false, false, Some(reason.to_string())),
             },
         };
-        if waits {
+        if more {
             let at = data.len() - rest.len();
             conn.input = Some((data, at));
+        } else if waits {
+            // A connection that waits keeps none of the few receive buffers: the others need them.
+            let kept = if data.is_pooled() {
+                (RecvBuf::new(bytes::Bytes::copy_from_slice(rest)), 0)
+            } else {
+                let at = data.len() - rest.len();
+                (data, at)
+            };
+            conn.input = Some(kept);
+        }
+        if waits {
             let counter = if starved { Counter::BufferStalls } else { Counter::BudgetStalls };
             if !std::mem::replace(&mut conn.listed, true) {
                 self.context.metrics().add(counter, 1);
@@ -228,6 +263,23 @@ impl<I: Io> Reactor<I> {
         self.handle_incoming(index);
         if let Some(reason) = failed {
             tracing::debug!(reason, "closing a connection");
+            self.context.metrics().add(Counter::ClosedByUs, 1);
+            self.doom(index);
+        }
+        more
+    }
+
+    /// Somebody waits for payload memory: whoever stopped in the middle of a payload does not keep his (rule 15).
+    pub(super) fn end_stalled(&mut self) {
+        let now = self.io.now();
+        if now < self.look_for_stalled {
+            return;
+        }
+        self.look_for_stalled = now.after_ms(STALL_MS / 10);
+        let stalled = |conn: &Conn| conn.holds_payload() && !conn.doomed && conn.moved.after_ms(STALL_MS) <= now;
+        let all: Vec<usize> = self.conns.iter().filter(|(_, c)| stalled(c)).map(|(index, _)| index).collect();
+        for index in all {
+            tracing::debug!("closing a connection that stopped in the middle of a payload");
             self.context.metrics().add(Counter::ClosedByUs, 1);
             self.doom(index);
         }

@@ -5,6 +5,8 @@ use super::{Effects, Shard, reply};
 use copyset::Copyset;
 use raftlog::{CopysetId, Seq};
 
+/// braft's state of a replica that is out of service.
+const STATE_ERROR: u32 = 5;
 /// Voters of a new copyset.
 const VOTERS_MAX: usize = 32;
 
@@ -28,7 +30,7 @@ impl Shard {
                 None => reply(out, origin, Outcome::NoCopyset),
             },
             AdminOp::ListCopysets => {
-                let all = self.groups.keys().filter_map(|&id| self.copyset_status(id)).collect();
+                let all = self.groups.keys().chain(&self.broken).filter_map(|&id| self.copyset_status(id)).collect();
                 answer(out, origin, ReplyData::Copysets(all));
             }
             AdminOp::ShardStatus => answer(out, origin, ReplyData::Shard(Box::new(self.status()))),
@@ -36,7 +38,7 @@ impl Shard {
     }
 
     fn create_copyset(&mut self, id: CopysetId, peers: &[u64], origin: Origin, out: &mut Effects) {
-        if self.groups.contains_key(&id) || self.admin.iter().any(|p| p.copyset == id) {
+        if self.groups.contains_key(&id) || self.broken.contains(&id) || self.admin.iter().any(|p| p.copyset == id) {
             return reply(out, origin, Outcome::Exists);
         }
         if peers.len() > VOTERS_MAX {
@@ -53,14 +55,19 @@ impl Shard {
         if self.admin.iter().any(|p| p.copyset == id) {
             return reply(out, origin, Outcome::Failed);
         }
-        let Some(group) = self.groups.remove(&id) else {
-            return reply(out, origin, Outcome::NoCopyset);
-        };
-        // What was proposed and not yet applied will never be answered otherwise.
-        let cookies: Vec<u64> = group.raft.waiting_cookies().collect();
-        for cookie in cookies.into_iter().chain(group.queue.iter().filter_map(|c| c.cookie)) {
-            self.settle(cookie, Outcome::NoCopyset, 0, out);
+        let broken = self.broken.iter().position(|&b| b == id);
+        match self.groups.remove(&id) {
+            Some(group) => {
+                // What was proposed and not yet applied will never be answered otherwise.
+                let cookies: Vec<u64> = group.raft.waiting_cookies().collect();
+                for cookie in cookies.into_iter().chain(group.queue.iter().filter_map(|c| c.cookie)) {
+                    self.settle(cookie, Outcome::NoCopyset, 0, out);
+                }
+            }
+            None if broken.is_some() => {}
+            None => return reply(out, origin, Outcome::NoCopyset),
         }
+        broken.map(|at| self.broken.swap_remove(at));
         let seq = self.log.borrow_mut().purge(id);
         self.admin.push(Pending { origin, seq, copyset: id, create: false });
         self.flush.next = self.now;
@@ -86,12 +93,15 @@ impl Shard {
     }
 
     fn copyset_status(&self, id: CopysetId) -> Option<CopysetStatus> {
+        if self.broken.contains(&id) {
+            return Some(CopysetStatus { id: id.0, state: STATE_ERROR, peer: self.config.peer, ..Default::default() });
+        }
         let group = self.groups.get(&id)?;
         let raft = &group.raft;
         let conf = raft.conf();
         Some(CopysetStatus {
             id: id.0,
-            state: raft.role() as u32,
+            state: if group.damaged { STATE_ERROR } else { raft.role() as u32 },
             peer: raft.peer(),
             leader: raft.leader(),
             peers: conf.voters.clone(),

@@ -71,6 +71,8 @@ impl Shard {
             replaying: Vec::new(),
             replay_over: false,
             lost: Vec::new(),
+            broken: Vec::new(),
+            wedged: false,
             now,
             next_tick: now,
             seal_at: Instant::FAR,
@@ -194,8 +196,14 @@ impl Shard {
         let ids = self.log.borrow().copysets();
         for &id in &ids {
             let last = self.log.borrow().index(id).map_or(0, Index::last_index);
-            self.start_copyset(id)?;
-            self.replaying.push((id, last));
+            match self.start_copyset(id) {
+                Ok(()) => self.replaying.push((id, last)),
+                // The log lost what it needs. The others go on; it answers CRC_FAIL until it is deleted (rule 21).
+                Err(failure) => {
+                    tracing::error!("{failure}; this copyset is out of service");
+                    self.broken.push(id);
+                }
+            }
         }
         self.state = State::Serving;
         self.replay_step();

@@ -151,7 +151,10 @@ impl Shard {
         let any = !written.is_empty();
         if !any {
             // What was purged, or superseded since the last round, may free a segment all the same.
-            self.log.borrow_mut().free_segments();
+            let mut log = self.log.borrow_mut();
+            let freed = log.free_segments();
+            let lost = |id: &CopysetId| self.broken.contains(id) || self.groups.get(id).is_some_and(|g| g.damaged);
+            self.wedged = freed == 0 && self.waiting.is_empty() && log.pinning().iter().any(lost);
         }
         // A round that changed nothing still ends: the next one is due by age.
         self.flush.phase = if any { Phase::Checkpoints(written) } else { Phase::Idle };
@@ -166,7 +169,7 @@ impl Shard {
             return;
         }
         for id in log.pinning() {
-            if !written.iter().any(|w| w.1 == id) && can_relog(&log, id) {
+            if !written.iter().any(|w| w.1 == id) && !self.broken.contains(&id) && can_relog(&log, id) {
                 written.push((log.relog(id), id, 0));
             }
         }

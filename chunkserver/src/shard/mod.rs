@@ -16,6 +16,7 @@ pub mod request;
 mod tests;
 
 pub use boot::log_geometry;
+pub(crate) use read::RESERVE;
 
 use crate::chunk::{self, ApplyError, ExtentPool, Layout, Store};
 use crate::io::buffer::Arena;
@@ -179,6 +180,10 @@ pub struct Shard {
     replay_over: bool,
     /// Copysets of which durable log records are lost.
     lost: Vec<CopysetId>,
+    /// Of these, the ones that cannot even start.
+    broken: Vec<CopysetId>,
+    /// The log has no room, and what fills it is kept for a copyset that is out of service.
+    wedged: bool,
     /// Of the store, as last published.
     counted: chunk::Counters,
     now: Instant,
@@ -257,6 +262,7 @@ impl Shard {
                 break;
             }
         }
+        self.refuse_wedged(out);
         if self.seal_at <= self.now {
             // None: said already, or something is under way, which will set the time anew.
             self.log.borrow_mut().seal();
@@ -295,6 +301,17 @@ impl Shard {
             }
             State::Boot(_) => self.boot_deadline(),
             State::Stopped | State::Failed(_) => Instant::FAR,
+        }
+    }
+
+    /// Writes must not wait for what only an operator can do.
+    fn refuse_wedged(&mut self, out: &mut Effects) {
+        if !std::mem::take(&mut self.wedged) || self.deferred.is_empty() {
+            return;
+        }
+        tracing::error!(shard = self.config.shard, "the log is full of what copysets out of service keep: delete them");
+        for request in std::mem::take(&mut self.deferred) {
+            reply(out, request.origin, Outcome::DiskFail);
         }
     }
 

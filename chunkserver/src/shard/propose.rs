@@ -11,7 +11,8 @@ impl Shard {
     pub(super) fn chunk_request(&mut self, request: Request, out: &mut Effects) {
         let RequestOp::Chunk { chunk, ref op } = request.op else { return };
         let Some(group) = self.groups.get(&request.copyset) else {
-            return reply(out, request.origin, Outcome::NoCopyset);
+            let broken = self.broken.contains(&request.copyset);
+            return reply(out, request.origin, if broken { Outcome::CrcFail } else { Outcome::NoCopyset });
         };
         if group.damaged {
             return reply(out, request.origin, Outcome::CrcFail);

@@ -77,7 +77,8 @@ impl Shard {
 
     /// Answer at once, or put the device to work.
     fn run(&mut self, mut job: Job, out: &mut Effects) {
-        job.done = job.plan.pieces.iter().map(Job::in_memory).collect();
+        let short = self.arenas.all_payload.iter().any(|arena| arena.free_bytes() < arena.size() / 2);
+        job.done = job.plan.pieces.iter().map(|piece| Job::in_memory(piece, short)).collect();
         if job.done.iter().all(Option::is_some) {
             return self.finish(job, out);
         }
@@ -152,8 +153,11 @@ impl Shard {
             let Some(&Piece::Device { first_block, .. }) = job.plan.pieces.get(piece) else { return };
             match self.store.check(&job.plan.key, first_block, &buf) {
                 Verified::Ok => {
+                    // A reply may wait long for its client, or for the other parts of a volume's read: it must not keep
+                    // what the next read needs, or reads wait for each other for ever.
+                    let short = self.arenas.work.free_bytes() < RESERVE + self.layout.chunk_size as usize;
                     if let Some(slot) = job.done.get_mut(piece) {
-                        *slot = Some(buf.freeze());
+                        *slot = Some(if short { Bytes::copy_from_slice(&buf) } else { buf.freeze() });
                     }
                 }
                 Verified::Stale => job.stale = true,
@@ -271,8 +275,10 @@ impl Job {
         }
     }
 
-    fn in_memory(piece: &Piece) -> Option<Bytes> {
+    /// What needs no device. When payload memory is short a reply must not pin it: nobody knows when it will be sent.
+    fn in_memory(piece: &Piece, short: bool) -> Option<Bytes> {
         match piece {
+            Piece::Memory(bytes) if short => Some(Bytes::copy_from_slice(bytes)),
             Piece::Memory(bytes) => Some(bytes.clone()),
             Piece::Zeros(_) => Some(Bytes::new()),
             Piece::Device { .. } => None,

@@ -141,7 +141,7 @@ pub enum Outcome {
 pub struct CopysetStatus {
     /// Group id.
     pub id: u64,
-    /// 1 leader, 3 candidate, 4 follower, 6 uninitialised (passive).
+    /// 1 leader, 3 candidate, 4 follower, 5 out of service (its log is damaged), 6 uninitialised (passive).
     pub state: u32,
     /// This node, 0 if not a member.
     pub peer: u64,

@@ -260,3 +260,49 @@ fn reads_stay_exact_when_blocks_change_under_them() {
     model.take_replies(&mut world);
     assert!(model.reads > 1000);
 }
+
+#[test]
+fn a_copyset_whose_log_is_rotten_is_out_of_service_alone_and_can_be_deleted() {
+    for in_front in [false, true] {
+        let mut world = world(Setup { segments: 3, flush_age_ms: 1_000_000, ..Setup::default() }, 11);
+        for n in 0..4 {
+            let (a, b) = (world.write(A, 0, n, 1, 70 + u64::from(n)).unwrap(), world.write(B, 0, n, 1, 80).unwrap());
+            assert_eq!((world.outcome_of(a), world.outcome_of(b)), (Outcome::Success, Outcome::Success));
+        }
+        world.now = world.now.after_ms(2_000);
+        world.turn();
+        world.settle(); // sealed
+        world.rot(71, in_front);
+        world.crash();
+        world.boot();
+        let read = |world: &mut World, id| {
+            for _ in 0..100 {
+                world.step();
+            }
+            let slot = world.chunk(id, 0, ChunkOp::Read { offset: 0, len: BLOCK as u32 });
+            world.outcome_of(slot)
+        };
+        assert_eq!(read(&mut world, A), Outcome::CrcFail);
+        if !in_front {
+            assert_eq!(read(&mut world, B), Outcome::Success);
+        }
+        // It keeps the log from being freed: others are refused at the end, they do not wait for ever.
+        let mut last = Outcome::Success;
+        const C: CopysetId = CopysetId::new(1, 3);
+        world.create(C);
+        for n in 0..400 {
+            let slot = world.write(C, 0, n % 16, 1, 5000 + u64::from(n)).unwrap();
+            last = world.outcome_of(slot);
+        }
+        assert_eq!(last, Outcome::DiskFail);
+        for id in [A, B] {
+            let slot = world.ask(id, RequestOp::Admin(AdminOp::DeleteCopyset));
+            assert_eq!(world.outcome_of(slot), Outcome::Success);
+        }
+        for n in 0..400 {
+            let slot = world.write(C, 0, n % 16, 1, 9000 + u64::from(n)).unwrap();
+            last = world.outcome_of(slot);
+        }
+        assert_eq!(last, Outcome::Success);
+    }
+}
