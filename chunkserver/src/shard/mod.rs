@@ -186,6 +186,7 @@ pub struct Shard {
     /// Of the store, as last published.
     counted: chunk::Counters,
     now: Instant,
+    boot_retry: boot::Retry,
     next_tick: Instant,
     /// When an idle log says that all of it is durable (rule 5).
     seal_at: Instant,
