@@ -16,7 +16,6 @@ pub mod request;
 mod tests;
 
 pub use boot::log_geometry;
-pub(crate) use read::RESERVE;
 
 use crate::chunk::{self, ApplyError, ExtentPool, Layout, Store};
 use crate::io::buffer::Arena;
