@@ -88,7 +88,7 @@ impl Lab {
             self.disk(),
             self.address,
             self.path("nbd.sock"),
-            16 * MIB,
+            40 * MIB,
         );
         std::fs::write(self.path("chunkserver.toml"), toml).unwrap();
     }
