@@ -1,7 +1,6 @@
 //! The configuration file of `chunkserver serve`: TOML, every key with a default, unknown keys are errors.
 
 use crate::limits;
-use crate::shard::RESERVE;
 use bytesize::ByteSize;
 use serde::{Deserialize, Serialize};
 use std::net::SocketAddr;
@@ -151,7 +150,8 @@ impl Config {
         if self.payload_buffers.0 < 2 * chunk {
             return bad("payload_buffers", format!("at least two chunks of this disk, {}", ByteSize(2 * chunk)));
         }
-        let reads = 2 * chunk + RESERVE as u64; // pieces of a read are rounded up, to less than twice their size
+        // Pieces of a read are rounded up, to less than twice their size.
+        let reads = 2 * chunk + limits::READ_RESERVE_BYTES as u64;
         if self.work_buffers.0 < reads {
             return bad("work_buffers", format!("at least {} for chunks of this disk", ByteSize(reads)));
         }

@@ -49,6 +49,9 @@ pub const ARENA_BYTES: usize = 256 * MIB;
 pub const DIRTY_BYTES_MAX: usize = 96 * MIB;
 /// Payload bytes a shard may have between propose and apply.
 pub const PROPOSED_BYTES_MAX: usize = 64 * MIB;
+/// Device reads leave this much of a shard's work arena, but a quarter of it at most, for what frees memory: log headers
+/// and metadata pages.
+pub const READ_RESERVE_BYTES: usize = 8 * MIB;
 /// Default size of a shard's log zone.
 pub const LOG_BYTES: usize = 512 * MIB;
 /// Size of a log segment; one of them is kept for HardState, Checkpoint and Purge (rule 9).

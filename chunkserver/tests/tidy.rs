@@ -22,7 +22,7 @@ const ROOMS: &[(&str, &[&str])] = &[
     ("metrics", &["io"]),
     ("shard::request", &[]), // plain values: what a shard is asked and answers
     ("chunk", &["io", "shard::request"]),
-    ("shard", &["chunk", "io", "metrics", "shard::request"]),
+    ("shard", &["chunk", "io", "limits", "metrics", "shard::request"]),
     ("mailbox", &["io", "limits", "shard::request"]),
     ("rpc", &["io", "limits"]),
     ("service", &["io", "limits", "metrics", "rpc", "shard::request"]),
@@ -47,8 +47,12 @@ const CRATES: &[(&str, &[&str])] = &[
     ("bench", &["tokio", "tokio-uring"]), // a client of its own, so that it tests our codec (rule 34)
 ];
 
-/// Where `unsafe` may be.
-const UNSAFE: &[&str] = &["chunkserver/src/io/buffer.rs", "chunkserver/src/io/uring.rs"];
+/// Where `unsafe` may be. (The last one counts allocations for tests: an allocator has no safe form.)
+const UNSAFE: &[&str] =
+    &["chunkserver/src/io/buffer.rs", "chunkserver/src/io/uring.rs", "chunkserver/tests/support/heap.rs"];
+
+/// Tests that `cargo test` leaves out, because a script runs them for as long as it is told to.
+const RUN_BY_SCRIPTS: &[&str] = &["chunkserver/tests/fuzz/main.rs"];
 
 /// State machines: told what time it is and what the disk and the network did.
 const SANS_IO: &[&str] = &[
@@ -172,7 +176,10 @@ fn files_say_what_they_are_and_stay_small() {
 #[test]
 fn nothing_is_left_for_later() {
     let marks = ["todo!", "unimplemented!", "dbg!", "#[ignore"];
-    let left = problems(|s| marks.iter().find(|mark| s.code.contains(**mark)).map(|mark| (*mark).into()));
+    let left = problems(|s| {
+        let allowed = |mark: &str| mark == "#[ignore" && RUN_BY_SCRIPTS.contains(&s.path.as_str());
+        marks.iter().find(|mark| s.code.contains(**mark) && !allowed(mark)).map(|mark| (*mark).into())
+    });
     complain("left for later", &left);
     let words = [["FIX", "ME"].concat(), ["X", "XX"].concat(), ["TO", "DO"].concat()];
     let mut left = Vec::new();

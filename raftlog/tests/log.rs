@@ -3,7 +3,7 @@
 
 mod common;
 
-use common::{Disk, checkpoint, entry, geometry, state};
+use common::{Disk, Rng, checkpoint, entry, geometry, state};
 use raftlog::{BLOCK, CopysetId, Entry, HardState, Limits, Log};
 
 const LIMITS: Limits = Limits { batch_bytes_max: 64 << 10, writes_in_flight: 2 };
@@ -312,4 +312,37 @@ fn a_purge_frees_nothing_before_it_is_durable() {
     assert_eq!(log.free_segments(), 0);
     disk.complete(&mut log, 0);
     assert_eq!(log.free_segments(), 1);
+}
+
+/// What `has_room` lets in never takes the place of what frees space: it queues behind.
+#[test]
+fn long_entries_that_were_let_in_leave_room_for_the_checkpoint_behind_them() {
+    const SEGMENT: u64 = 256 << 10;
+    let limits = Limits { batch_bytes_max: 16 << 10, ..LIMITS };
+    for seed in 0..200 {
+        let (mut rng, count) = (Rng(seed), 3 + (seed % 7) as u32);
+        let mut disk = Disk::new(&geometry(SEGMENT, count));
+        let mut log = disk.open(geometry(SEGMENT, count), limits);
+        log.checkpoint(ID, checkpoint(0, 0, 1));
+        let (mut next, mut rounds) = (1, 0);
+        let size = [1, 40, 63, 12][rng.below(4) as usize];
+        while rounds < 30 {
+            let blocks =
+                if rng.one_in(3) { 1 + rng.below(63) as usize } else { size }.min(log.max_entry_bytes() / BLOCK);
+            if log.has_room(0, blocks * BLOCK) {
+                log.append(ID, vec![entry(next, 1, blocks, next)], None);
+                next += 1;
+                if rng.one_in(4) {
+                    disk.drain(&mut log);
+                }
+                continue;
+            }
+            let seq = log.checkpoint(ID, checkpoint(next - 1, 1, 1));
+            disk.drain(&mut log);
+            assert!(log.durable_seq() >= seq, "seed {seed}: the checkpoint waits behind an entry that fits nowhere");
+            log.free_segments();
+            rounds += 1;
+            assert!(log.has_room(0, log.max_entry_bytes()), "seed {seed}: an empty log takes any entry");
+        }
+    }
 }

@@ -102,7 +102,7 @@ fn check_shape(op: &ChunkOp, chunk_size: u32) -> Result<(), Outcome> {
 /// The version rules (datastore.md §7), as far as chunk snapshots do not exist yet.
 fn check_version(op: &ChunkOp, view: ChunkView) -> Result<(), Outcome> {
     match *op {
-        ChunkOp::Write { sn: 0, .. } if !view.exists => Err(Outcome::Failed),
+        ChunkOp::Write { sn: 0, .. } => Err(Outcome::Failed),
         ChunkOp::Write { sn, .. } if view.exists => {
             if sn < view.sn || sn < view.corrected_sn {
                 return Err(Outcome::Backward);

@@ -48,7 +48,9 @@ fn table(out: &mut String, rows: &[Value], indent: usize) {
     let text = |row: &Value, key: &str| row.get(key).map_or_else(String::new, |v| cell(key, v));
     let widths: Vec<usize> = keys
         .iter()
-        .map(|key| rows.iter().map(|row| text(row, key).chars().count()).max().unwrap_or(0).max(key.len()))
+        .map(|key| {
+            rows.iter().map(|row| text(row, key).chars().count()).max().unwrap_or(0).max(words(key).chars().count())
+        })
         .collect();
     let join = |cells: Vec<String>| {
         let padded: Vec<String> = cells.iter().zip(&widths).map(|(c, &w)| format!("{c:<w$}")).collect();

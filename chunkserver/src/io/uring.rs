@@ -1,6 +1,6 @@
 //! The only file that knows io_uring: one ring per shard, one `io_uring_enter` a turn. One of the two rooms with `unsafe`.
 //!
-//! Every operation in flight owns its memory through a [`Flight`]: buffers, iovecs and the message header live there,
+//! Every operation in flight owns its memory through a `Flight`: buffers, iovecs and the message header live there,
 //! at stable addresses, until the kernel has posted the completion. A `Uring` that is dropped with operations in
 //! flight leaks their flights on purpose: the kernel may still write into them.
 //!

@@ -211,14 +211,24 @@ impl<I: Io> Reactor<I> {
 
     /// Let the session use what was received.
     fn parse(&mut self, index: usize) {
+        while self.parse_some(index) {}
+    }
+
+    /// True if there is more to parse, now that what came of it so far is begun.
+    fn parse_some(&mut self, index: usize) -> bool {
         let now = self.io.now();
-        let Some(conn) = self.conns.get_mut(index) else { return };
-        let Some((data, at)) = conn.input.take().filter(|_| !conn.doomed) else { return };
+        let Some(conn) = self.conns.get_mut(index) else { return false };
+        let Some((data, at)) = conn.input.take().filter(|_| !conn.doomed) else { return false };
         let mut rest = data.get(at..).unwrap_or_default();
         let arena = &self.setup.arenas.payload;
+        let mut more = false;
         let (waits, starved, failed) = match &mut conn.session {
             Session::Rpc(c) => match c.received(&mut rest, arena, &mut self.incoming) {
                 Ok(rpc::Progress::Consumed) => (false, false, None),
+                Ok(rpc::Progress::More) => {
+                    more = true;
+                    (false, false, None)
+                }
                 Ok(rpc::Progress::NoBuffer) => (true, true, None),
                 Ok(rpc::Progress::Later) => (true, false, None),
                 Err(reason) => (false, false, Some(reason.to_string())),
@@ -229,7 +239,10 @@ impl<I: Io> Reactor<I> {
                 Err(reason) => (false, false, Some(reason.to_string())),
             },
         };
-        if waits {
+        if more {
+            let at = data.len() - rest.len();
+            conn.input = Some((data, at));
+        } else if waits {
             // A connection that waits keeps none of the few receive buffers: the others need them.
             let kept = if data.is_pooled() {
                 (RecvBuf::new(bytes::Bytes::copy_from_slice(rest)), 0)
@@ -238,6 +251,8 @@ impl<I: Io> Reactor<I> {
                 (data, at)
             };
             conn.input = Some(kept);
+        }
+        if waits {
             let counter = if starved { Counter::BufferStalls } else { Counter::BudgetStalls };
             if !std::mem::replace(&mut conn.listed, true) {
                 self.context.metrics().add(counter, 1);
@@ -251,6 +266,7 @@ impl<I: Io> Reactor<I> {
             self.context.metrics().add(Counter::ClosedByUs, 1);
             self.doom(index);
         }
+        more
     }
 
     /// Somebody waits for payload memory: whoever stopped in the middle of a payload does not keep his (rule 15).

@@ -109,6 +109,8 @@ pub struct Out {
 pub enum Progress {
     /// All of it.
     Consumed,
+    /// A call may pin much once it is looked at: handle what is in `out`, then go on with the rest of the input.
+    More,
     /// No payload buffer is free. Keep the rest of the input and call again when buffers came back.
     NoBuffer,
     /// The connection is over its budget or waits for an HTTP reply. Keep the rest of the input and call again when
@@ -156,6 +158,8 @@ pub struct Connection {
     requests: usize,
     http_waits: bool,
     closing: bool,
+    /// What the last call pins is not known yet.
+    uncounted: bool,
 }
 
 impl Connection {
@@ -171,6 +175,7 @@ impl Connection {
             requests: 0,
             http_waits: false,
             closing: false,
+            uncounted: false,
         }
     }
 
@@ -197,6 +202,9 @@ impl Connection {
             };
             if let Some(progress) = progress {
                 return Ok(progress);
+            }
+            if std::mem::take(&mut self.uncounted) && !input.is_empty() {
+                return Ok(Progress::More);
             }
         }
     }
@@ -335,6 +343,9 @@ impl Connection {
 
     fn emit(&mut self, mut incoming: Incoming, out: &mut Vec<Incoming>) {
         self.requests += 1;
+        // One receive may bring hundreds of reads; each is to be counted before the next is let in.
+        self.uncounted |=
+            matches!(&incoming, Incoming::Call(call) if !matches!(call.attachment, Attachment::Data { .. }));
         self.held += match &mut incoming {
             Incoming::Call(call) => call.cost,
             Incoming::Reject(reject) => {

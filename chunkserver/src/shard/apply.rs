@@ -12,6 +12,10 @@ use raftlog::{BLOCK, CopysetId, crc32c};
 /// Payload fetches in flight at once.
 const FETCHES_MAX: usize = 64;
 
+/// A fetch that fails is tried again this often, this far apart: two seconds.
+const FETCH_RETRIES: u32 = 20;
+const FETCH_RETRY_MS: u64 = 100;
+
 /// What became of the entry at the head of a copyset's queue.
 enum Step {
     Applied,
@@ -54,7 +58,7 @@ impl Shard {
     /// Apply the head of a copyset's queue; `None` when the queue is empty.
     fn apply_next(&mut self, id: CopysetId, out: &mut Effects) -> Option<Step> {
         let group = self.groups.get_mut(&id)?;
-        if group.damaged || group.fetching {
+        if group.damaged || group.fetching || group.fetch_after > self.now {
             return Some(Step::Wait);
         }
         let head = group.queue.front()?;
@@ -127,6 +131,11 @@ impl Shard {
         let whole = crcs.len() * BLOCK == buf.len();
         if result.is_ok() && whole && buf.chunks(BLOCK).zip(crcs).all(|(block, crc)| crc32c(block) == crc) {
             head.payload = buf.freeze();
+            group.fetch_failures = 0;
+        } else if group.fetch_failures < FETCH_RETRIES {
+            group.fetch_failures += 1; // a passing error gets time to pass
+            group.fetch_after = self.now.after_ms(FETCH_RETRY_MS);
+            self.fetch_at = self.fetch_at.min(group.fetch_after);
         } else {
             // With one replica there is nobody to repair from: this copyset answers CRC_FAIL, the others go on (rule 21).
             tracing::error!(copyset = ?id, index, "a committed log entry is unreadable; the copyset is out of service");

@@ -14,6 +14,17 @@ use std::collections::{BTreeMap, VecDeque};
 use std::rc::Rc;
 use std::sync::Arc;
 
+/// Start-up reads that fail are tried again this often in all, this far apart: two seconds.
+const RETRIES: u32 = 100;
+const RETRY_MS: u64 = 20;
+
+/// A start-up read, kept in case it must be tried again.
+pub(super) struct Retry {
+    read: Option<(u64, usize)>,
+    due: Instant,
+    left: u32,
+}
+
 /// How far start-up is.
 pub(super) enum Boot {
     /// Before anything is believed, it must be durable: a killed process's last writes may sit in the drive's cache.
@@ -72,6 +83,8 @@ impl Shard {
             replay_over: false,
             lost: Vec::new(),
             broken: Vec::new(),
+            fetch_at: Instant::FAR,
+            boot_retry: Retry { read: None, due: Instant::FAR, left: RETRIES },
             wedged: false,
             now,
             next_tick: now,
@@ -88,7 +101,7 @@ impl Shard {
     pub(super) fn boot_deadline(&self) -> Instant {
         match &self.state {
             State::Boot(Boot::Others) => self.now.after_ms(1),
-            _ => Instant::FAR,
+            _ => self.boot_retry.due,
         }
     }
 
@@ -98,6 +111,13 @@ impl Shard {
             return; // one read at a time
         }
         loop {
+            if let Some((offset, len)) = self.boot_retry.read {
+                if self.now >= self.boot_retry.due {
+                    self.boot_retry.due = Instant::FAR;
+                    self.boot_submit(offset, len, out);
+                }
+                return;
+            }
             let State::Boot(boot) = &mut self.state else { return };
             if matches!(boot, Boot::Sync) {
                 return self.submit(out, Task::Boot, Op::Sync { file: DISK });
@@ -110,18 +130,21 @@ impl Shard {
                 _ => (0, None),
             };
             if let Some((offset, len)) = next {
-                let Some(mut buf) = self.arenas.work.alloc(len) else {
-                    return self
-                        .fail(Failure::Load("no buffer for start-up reads: the work arena is too small".into()));
-                };
-                buf.truncate(len);
-                self.submit(out, Task::Boot, Op::Read { file: DISK, offset: base + offset, buf });
-                return;
+                return self.boot_submit(base + offset, len, out);
             }
             if !self.boot_advance() {
                 return;
             }
         }
+    }
+
+    fn boot_submit(&mut self, offset: u64, len: usize, out: &mut Effects) {
+        let Some(mut buf) = self.arenas.work.alloc(len) else {
+            return self.fail(Failure::Load("no buffer for start-up reads: the work arena is too small".into()));
+        };
+        buf.truncate(len);
+        self.boot_retry.read = Some((offset, len));
+        self.submit(out, Task::Boot, Op::Read { file: DISK, offset, buf });
     }
 
     pub(super) fn boot_synced(&mut self) {
@@ -131,6 +154,14 @@ impl Shard {
     }
 
     pub(super) fn boot_read(&mut self, buf: &PoolBuf, result: Result<(), Errno>) {
+        // An unreadable piece of the log may have held acknowledged writes: before it counts as lost, a passing error
+        // gets time to pass.
+        if result.is_err() && self.boot_retry.left > 0 {
+            self.boot_retry.left -= 1;
+            self.boot_retry.due = self.now.after_ms(RETRY_MS);
+            return;
+        }
+        self.boot_retry.read = None;
         let State::Boot(boot) = &mut self.state else { return };
         let data = result.map(|()| &**buf);
         match boot {
@@ -250,6 +281,8 @@ impl Shard {
             applied,
             queue: VecDeque::new(),
             fetching: false,
+            fetch_failures: 0,
+            fetch_after: Instant(0),
             dirty: false,
             unpersisted: false,
             applying: false,

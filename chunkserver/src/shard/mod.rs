@@ -16,7 +16,6 @@ pub mod request;
 mod tests;
 
 pub use boot::log_geometry;
-pub(crate) use read::RESERVE;
 
 use crate::chunk::{self, ApplyError, ExtentPool, Layout, Store};
 use crate::io::buffer::Arena;
@@ -112,6 +111,8 @@ struct Group {
     applied: u64,
     queue: VecDeque<Committed>,
     fetching: bool,
+    fetch_failures: u32,
+    fetch_after: Instant,
     dirty: bool,
     unpersisted: bool,
     applying: bool,
@@ -187,6 +188,9 @@ pub struct Shard {
     /// Of the store, as last published.
     counted: chunk::Counters,
     now: Instant,
+    /// When a failed fetch is due again.
+    fetch_at: Instant,
+    boot_retry: boot::Retry,
     next_tick: Instant,
     /// When an idle log says that all of it is durable (rule 5).
     seal_at: Instant,
@@ -252,6 +256,9 @@ impl Shard {
             }
             State::Serving | State::Draining { .. } => {}
         }
+        if self.fetch_at <= self.now {
+            self.fetch_at = Instant::FAR;
+        }
         self.tick();
         self.starved = false;
         loop {
@@ -297,7 +304,7 @@ impl Shard {
                 } else {
                     Instant::FAR
                 };
-                self.flush_deadline().min(self.next_tick).min(self.seal_at).min(retry).min(over)
+                self.flush_deadline().min(self.next_tick).min(self.seal_at).min(self.fetch_at).min(retry).min(over)
             }
             State::Boot(_) => self.boot_deadline(),
             State::Stopped | State::Failed(_) => Instant::FAR,

@@ -5,14 +5,12 @@ use super::{DISK, Effects, Shard, Task, reply};
 use crate::chunk::{Piece, ReadPlan, Verified};
 use crate::io::buffer::PoolBuf;
 use crate::io::{Errno, Op};
+use crate::limits::READ_RESERVE_BYTES;
 use crate::metrics::Counter;
 use bytes::Bytes;
 use raftlog::CopysetId;
 use smallvec::SmallVec;
 
-/// Device reads leave this much of the work arena, but a quarter of it at most, for what frees memory: log headers and
-/// metadata pages.
-pub(crate) const RESERVE: usize = 8 << 20;
 /// A checksum reads this much at a time, bytes.
 const HASH_STEP: u32 = 1 << 20;
 /// Zeros for unwritten blocks.
@@ -107,7 +105,7 @@ impl Shard {
             .collect();
         let needed: usize = device.iter().map(|d| d.2.next_power_of_two()).sum();
         let work = &self.arenas.work;
-        if work.free_bytes() < needed + RESERVE.min(work.size() / 4) {
+        if work.free_bytes() < needed + READ_RESERVE_BYTES.min(work.size() / 4) {
             return false;
         }
         let mut bufs: SmallVec<[PoolBuf; 2]> = SmallVec::new();
@@ -155,7 +153,7 @@ impl Shard {
                 Verified::Ok => {
                     // A reply may wait long for its client, or for the other parts of a volume's read: it must not keep
                     // what the next read needs, or reads wait for each other for ever.
-                    let short = self.arenas.work.free_bytes() < RESERVE + self.layout.chunk_size as usize;
+                    let short = self.arenas.work.free_bytes() < READ_RESERVE_BYTES + self.layout.chunk_size as usize;
                     if let Some(slot) = job.done.get_mut(piece) {
                         *slot = Some(if short { Bytes::copy_from_slice(&buf) } else { buf.freeze() });
                     }

@@ -63,6 +63,7 @@ impl Connections {
                 }
                 match progress {
                     Ok(Progress::Consumed) => break,
+                    Ok(Progress::More) => {}
                     Ok(Progress::Later) if connection.may_receive() => {}
                     Ok(Progress::Later | Progress::NoBuffer) => return seen,
                     Err(error) => {
@@ -107,6 +108,7 @@ impl Connections {
                 assert!(steps < 4 * stream.len() + 64, "steps that get nowhere");
                 match progress {
                     Ok(Progress::Consumed) => break,
+                    Ok(Progress::More) => {}
                     Ok(Progress::Later | Progress::NoBuffer) if connection.is_finished() => break 'stream,
                     Ok(Progress::Later | Progress::NoBuffer) => {
                         let owed = !late.is_empty();

@@ -210,6 +210,23 @@ fn unanswered_reads_count_what_they_will_pin() {
 }
 
 #[test]
+fn reads_that_arrive_together_are_counted_one_by_one() {
+    let node = Node::with_copyset();
+    let mut connection = node.connection();
+    let stream = request(CHUNK, "ReadChunk", 2, &chunk(1, 1, 0, 1 << 20, 0), &[]).repeat(200);
+    let (mut input, mut out, mut begun) = (stream.as_slice(), Vec::new(), 0);
+    while connection.received(&mut input, &node.arena, &mut out) == Ok(Progress::More) {
+        assert_eq!(out.len(), 1);
+        if let chunkserver::service::Handled::Shard { charge, .. } = node.begin(out.pop().unwrap()) {
+            connection.charge(charge);
+        }
+        begun += 1;
+    }
+    assert_eq!((begun, out.len()), (32, 0), "as many as the connection's budget is for");
+    assert!(!connection.may_receive() && connection.held_bytes() < CONNECTION_BYTES_MAX + (1 << 20));
+}
+
+#[test]
 fn streams_that_cannot_be_followed_are_closed() {
     for stream in [&b"PRPC\xff\xff\xff\xff\0\0\0\x08"[..], b"STRM", b"PRI * HTTP/2.0\r\n\r\nSM", b"hello"] {
         let (mut connection, mut out) = (connection(), Vec::new());

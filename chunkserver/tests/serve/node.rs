@@ -241,7 +241,7 @@ impl Node {
                 Progress::Consumed => return sent,
                 Progress::NoBuffer => panic!("the arena is empty"),
                 Progress::Later if connection.is_finished() => return sent,
-                Progress::Later => {}
+                Progress::Later | Progress::More => {}
             }
         }
     }

@@ -74,7 +74,7 @@ fn versions_only_go_forward() {
     assert_eq!(write(&mut client, 5, 0, BLOCK as u64, 2, &pattern(2, BLOCK)), BACKWARD);
     assert_eq!(write(&mut client, 5, 0, BLOCK as u64, 0, &pattern(2, BLOCK)), FAILURE);
     let delete = client.chunk_call("DeleteChunk", &chunk_request(0, 1, 5, 0, 0, 2), &[]);
-    assert_eq!(delete.status(), FAILURE, "a delete of an older version");
+    assert_eq!(delete.status(), FAILURE, "the original's answer to a delete of an older version");
     assert_eq!(last_index(&lab), before, "nothing was proposed");
     assert_eq!(client.data(1, 5, 0, BLOCK), block);
     assert_eq!(write(&mut client, 5, 0, BLOCK as u64, 3, &pattern(3, BLOCK)), SUCCESS);

@@ -48,6 +48,13 @@ impl Default for Setup {
     }
 }
 
+impl Setup {
+    /// Work buffers: what the server asks for at least.
+    pub(crate) fn work(&self) -> u64 {
+        (8 * MIB + 2 * self.chunk).max(16 * MIB)
+    }
+}
+
 /// A folder with a formatted disk, a configuration, and an address nobody else uses.
 pub(crate) struct Lab {
     pub(crate) setup: Setup,
@@ -88,7 +95,7 @@ impl Lab {
             self.disk(),
             self.address,
             self.path("nbd.sock"),
-            16 * MIB,
+            self.setup.work(),
         );
         std::fs::write(self.path("chunkserver.toml"), toml).unwrap();
     }

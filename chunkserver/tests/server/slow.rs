@@ -43,7 +43,7 @@ fn whoever_does_not_read_makes_only_himself_wait() {
     let grown = server.resident_bytes().saturating_sub(before);
     println!("memory grew by {} MiB", grown / MIB);
     // 32 MiB of replies a connection (limits.rs), the buffers of the configuration, and sockets.
-    assert!(grown < 4 * 33 * MIB + 2 * (lab.setup.buffers + 16 * MIB), "memory grew by {} MiB", grown / MIB);
+    assert!(grown < 4 * 33 * MIB + 2 * (lab.setup.buffers + lab.setup.work()), "memory grew by {} MiB", grown / MIB);
     // They were not forgotten either.
     let mut first = deaf.remove(0);
     drop(deaf);

@@ -116,7 +116,7 @@ impl Model {
                 let slot = world.chunk(copyset, chunk, ChunkOp::Zero { offset, len });
                 self.changed(slot, (copyset, chunk), Change::Zero { first, blocks }, per_chunk);
             }
-            11 if world.rng.one_in(4) => {
+            11 => {
                 let slot = world.chunk(copyset, chunk, ChunkOp::Delete { sn: 1 });
                 self.changed(slot, (copyset, chunk), Change::Delete, per_chunk);
             }
@@ -152,15 +152,14 @@ impl Model {
     fn acknowledge(&mut self, key: (CopysetId, u64), number: usize, reply: &Reply, blocks: u32) {
         let line = self.lines.get_mut(&key).unwrap();
         match reply.outcome {
-            Outcome::Success => {}
-            // Not ready after a restart, or no slot: nothing was done.
+            Outcome::Success => line.acked = line.acked.max(number),
+            // Not ready after a restart, or no slot: nothing was done. It may overtake what was asked before it.
             Outcome::NotLeader | Outcome::NoSpace | Outcome::Stopping => {
                 self.refused += 1;
                 line.cancel(number, blocks);
             }
             other => panic!("change {number} of {key:?}: {other:?}"),
         }
-        line.acked = line.acked.max(number);
     }
 
     fn check(&mut self, key: (CopysetId, u64), first: u32, blocks: u32, from: usize, reply: &Reply) {

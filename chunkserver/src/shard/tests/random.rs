@@ -15,9 +15,13 @@ struct Totals {
 }
 
 fn setup(rng: &mut Rng) -> Setup {
+    let segment = [96 << 10, 128 << 10, 512 << 10][rng.below(3)];
+    let segments = 3 + rng.below(4) as u64;
+    let slots = [10, 60][rng.below(2)];
     Setup {
-        segment: [96 << 10, 128 << 10, 512 << 10][rng.below(3)],
-        segments: 3 + rng.below(4) as u64,
+        size: segment * segments + (4 << 20) + slots * (80 << 10),
+        segment,
+        segments,
         payload_arena: [512 << 10, 4 << 20][rng.below(2)],
         dirty_limit: [32 << 10, 256 << 10, 2 << 20][rng.below(3)],
         flush_age_ms: [1, 50, 5000][rng.below(3)],
@@ -35,7 +39,7 @@ fn run(seed: u64, steps: usize, totals: &mut Totals) {
         world.create(id);
     }
     let busy = 1 + rng.below(copysets.len()); // the others only pin the log
-    let (depth, chunks) = (1 + rng.below(40), 1 + rng.below(8));
+    let (depth, chunks) = (1 + rng.below(40), 1 + rng.below(30));
     let mut model = Model::default();
     for _ in 0..steps {
         if world.owed.len() < depth && rng.one_in(2) {
