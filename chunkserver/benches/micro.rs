@@ -1,7 +1,8 @@
 //! What the software costs where the device costs nothing: `scripts/micro`.
 //!
 //! The codecs, the log's record encoding, the CRC of a block, the overlay of the chunk store, and whole reactor turns on an
-//! `Io` that completes everything at once: nanoseconds per 4 KiB write (and read from memory) in software.
+//! `Io` that completes everything at once: nanoseconds per 4 KiB write (and read) in software. Times are those of the
+//! thread on its CPU, so what else the machine does matters little.
 #![allow(clippy::unwrap_used, missing_docs)]
 
 #[path = "../tests/support/rig.rs"]
@@ -9,17 +10,53 @@ mod rig;
 
 use bytes::{Bytes, BytesMut};
 use chunkserver::chunk::{ApplyOp, ExtentPool, Store};
+use criterion::measurement::{Measurement, ValueFormatter, WallTime};
 use criterion::{BatchSize, Criterion, Throughput, criterion_group, criterion_main};
 use proto::chunkserver::ChunkResponse;
 use proto::frame::{Decoder, Step, put_response};
 use raftlog::{Checkpoint, CopysetId, Entry, EntryKind, Geometry, HardState, Limits, Log, Recovery, crc32c};
 use rig::{Rig, reads, scattered, writes};
 use std::hint::black_box;
+use std::time::Duration;
 
 const BLOCK: usize = 4096;
 
+/// Time of this thread on a CPU.
+struct CpuTime;
+
+impl CpuTime {
+    fn now() -> Duration {
+        let now = rustix::time::clock_gettime(rustix::time::ClockId::ThreadCPUTime);
+        Duration::new(now.tv_sec.cast_unsigned(), now.tv_nsec as u32)
+    }
+}
+
+impl Measurement for CpuTime {
+    type Intermediate = Duration;
+    type Value = Duration;
+
+    fn start(&self) -> Duration {
+        Self::now()
+    }
+    fn end(&self, start: Duration) -> Duration {
+        Self::now() - start
+    }
+    fn add(&self, a: &Duration, b: &Duration) -> Duration {
+        *a + *b
+    }
+    fn zero(&self) -> Duration {
+        Duration::ZERO
+    }
+    fn to_f64(&self, value: &Duration) -> f64 {
+        value.as_nanos() as f64
+    }
+    fn formatter(&self) -> &dyn ValueFormatter {
+        WallTime.formatter()
+    }
+}
+
 /// One WriteChunk request with its 4 KiB, as it comes from the socket.
-fn frame_decode(c: &mut Criterion) {
+fn frame_decode(c: &mut Criterion<CpuTime>) {
     let stream = writes(scattered(1, 1));
     let mut decoder = Decoder::new();
     c.bench_function("frame/decode WriteChunk", |b| {
@@ -33,7 +70,7 @@ fn frame_decode(c: &mut Criterion) {
     });
 }
 
-fn frame_encode(c: &mut Criterion) {
+fn frame_encode(c: &mut Criterion<CpuTime>) {
     let response = ChunkResponse { status: 0, applied_index: Some(123_456_789), ..ChunkResponse::default() };
     let mut out = BytesMut::with_capacity(1 << 16);
     c.bench_function("frame/encode ChunkResponse", |b| {
@@ -57,7 +94,7 @@ fn log() -> Log {
 }
 
 /// 64 entries of 4 KiB into one batch, its header, and its end; the log's space is given back as a checkpoint would.
-fn record_encode(c: &mut Criterion) {
+fn record_encode(c: &mut Criterion<CpuTime>) {
     let (mut log, mut header) = (log(), vec![0; 1 << 20]);
     let (payload, context) = (Bytes::from(vec![7; BLOCK]), Bytes::from(vec![3; 32]));
     let mut next = 2;
@@ -95,7 +132,7 @@ fn drain(log: &mut Log, header: &mut [u8]) {
     }
 }
 
-fn crc(c: &mut Criterion) {
+fn crc(c: &mut Criterion<CpuTime>) {
     let block: Vec<u8> = (0..BLOCK).map(|i| (i * 31) as u8).collect();
     let mut group = c.benchmark_group("crc of 4 KiB");
     group.throughput(Throughput::Bytes(BLOCK as u64));
@@ -128,7 +165,7 @@ fn apply(store: &mut Store, seed: u64, blocks: u64) {
     }
 }
 
-fn overlay(c: &mut Criterion) {
+fn overlay(c: &mut Criterion<CpuTime>) {
     let mut group = c.benchmark_group("overlay");
     group.throughput(Throughput::Elements(4096));
     group.bench_function("insert 4096 scattered blocks", |b| {
@@ -147,7 +184,7 @@ fn overlay(c: &mut Criterion) {
 }
 
 /// 64 calls at once, through the whole server, until all are answered; write-back rounds included.
-fn turns(c: &mut Criterion) {
+fn turns(c: &mut Criterion<CpuTime>) {
     let mut rig = Rig::new(96 << 20);
     let streams: Vec<Bytes> = (0..256).map(|seed| writes(scattered(64, seed))).collect();
     let mut next = streams.iter().cycle();
@@ -165,5 +202,9 @@ fn turns(c: &mut Criterion) {
     group.finish();
 }
 
-criterion_group!(benches, frame_decode, frame_encode, record_encode, crc, overlay, turns);
+criterion_group! {
+    name = benches;
+    config = Criterion::default().with_measurement(CpuTime);
+    targets = frame_decode, frame_encode, record_encode, crc, overlay, turns
+}
 criterion_main!(benches);

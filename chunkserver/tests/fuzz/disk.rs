@@ -19,7 +19,7 @@ const SHARDS: u16 = 2;
 fn layout() -> Layout {
     Layout::new(&Params {
         uuid: *b"0123456789abcdef",
-        size: 6 << 20,
+        size: 5 << 20,
         shards: SHARDS,
         chunk_size: 64 << 10,
         log_bytes_per_shard: 3 << 16,

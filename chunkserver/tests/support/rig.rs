@@ -244,9 +244,10 @@ const SERVICE: &str = "curve.chunkserver.ChunkService";
 /// A stream of 4 KiB writes to (chunk, block).
 pub(crate) fn writes(places: impl Iterator<Item = (u64, u64)>) -> Bytes {
     let mut out = Vec::new();
-    for (i, (chunk, block)) in places.enumerate() {
+    for (chunk, block) in places {
         let request = message(&[(1, 2), (2, 1), (3, 701), (4, chunk), (6, block * 4096), (7, 4096), (9, 1)]);
-        call(&mut out, SERVICE, "WriteChunk", &request, &[i as u8; 4096]);
+        // What the disk will say when it is asked.
+        call(&mut out, SERVICE, "WriteChunk", &request, &[0; 4096]);
     }
     out.into()
 }
