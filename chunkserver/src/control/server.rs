@@ -320,6 +320,7 @@ fn copyset_json(c: &CopysetStatus) -> Value {
         1 => "leader",
         3 => "candidate",
         4 => "follower",
+        5 => "error",
         _ => "passive",
     };
     json!({
@@ -328,4 +329,15 @@ fn copyset_json(c: &CopysetStatus) -> Value {
         "committed": c.committed, "applied": c.applied, "first": c.first, "last": c.last, "durable": c.durable,
         "epoch": c.epoch, "chunks": c.chunks,
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_copyset_out_of_service_says_so() {
+        let state = |state| copyset_json(&CopysetStatus { state, ..CopysetStatus::default() })["state"].clone();
+        assert_eq!([1, 4, 5, 6].map(state), ["leader", "follower", "error", "passive"]);
+    }
 }
