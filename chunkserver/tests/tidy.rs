@@ -51,9 +51,6 @@ const CRATES: &[(&str, &[&str])] = &[
 const UNSAFE: &[&str] =
     &["chunkserver/src/io/buffer.rs", "chunkserver/src/io/uring.rs", "chunkserver/tests/support/heap.rs"];
 
-/// Tests that `cargo test` leaves out, because a script runs them for as long as it is told to.
-const RUN_BY_SCRIPTS: &[&str] = &["chunkserver/tests/fuzz/main.rs"];
-
 /// State machines: told what time it is and what the disk and the network did.
 const SANS_IO: &[&str] = &[
     "raftlog/src/",
@@ -176,10 +173,7 @@ fn files_say_what_they_are_and_stay_small() {
 #[test]
 fn nothing_is_left_for_later() {
     let marks = ["todo!", "unimplemented!", "dbg!", "#[ignore"];
-    let left = problems(|s| {
-        let allowed = |mark: &str| mark == "#[ignore" && RUN_BY_SCRIPTS.contains(&s.path.as_str());
-        marks.iter().find(|mark| s.code.contains(**mark) && !allowed(mark)).map(|mark| (*mark).into())
-    });
+    let left = problems(|s| marks.iter().find(|mark| s.code.contains(**mark)).map(|mark| (*mark).into()));
     complain("left for later", &left);
     let words = [["FIX", "ME"].concat(), ["X", "XX"].concat(), ["TO", "DO"].concat()];
     let mut left = Vec::new();
