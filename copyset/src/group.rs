@@ -16,12 +16,12 @@ use crate::conf::ConfState;
 use crate::config::{Config, quiet, raft_config};
 use crate::effect::Effect;
 use crate::history::History;
-use crate::proposals::Proposals;
+use crate::proposals::{Contexts, Proposals};
 use crate::restore::{self, Error, Start};
 use crate::rng::Rng;
 use crate::screen::{self, HEADER_MAX, Receiver, StepError};
 use crate::storage::LogStorage;
-use bytes::{BufMut, Bytes, BytesMut};
+use bytes::Bytes;
 use raft::eraftpb::{self, ConfChangeV2, Message, MessageType};
 use raft::{RaftState, RawNode, StateRole, Storage};
 use raftlog::{BLOCK, Checkpoint, HardState, Log, Seq};
@@ -72,6 +72,7 @@ pub struct Copyset {
     /// Term and leadership as last looked at.
     seen: (u64, bool),
     proposals: Proposals,
+    contexts: Contexts,
     history: History,
     /// As of the last `Ready`.
     hard_state: HardState,
@@ -131,6 +132,7 @@ impl Copyset {
             election_timeout: 0,
             seen: (hard_state.term, false),
             proposals: Proposals::default(),
+            contexts: Contexts::default(),
             history: History::new(applied, conf),
             hard_state,
             logged,
@@ -170,11 +172,8 @@ impl Copyset {
         if self.proposals.count() >= self.config.max_waiting || (full && self.proposals.count() > 0) {
             return Err(ProposeError::Full);
         }
-        let mut context = BytesMut::with_capacity(crcs.len() * 4 + header.len());
-        crcs.iter().for_each(|&crc| context.put_u32_le(crc));
-        context.extend_from_slice(header);
         let mut entry = eraftpb::Entry::default();
-        (entry.data, entry.context) = (payload, context.freeze());
+        (entry.data, entry.context) = (payload, self.contexts.make(header, crcs));
         self.proposals.push(cookie, entry);
         Ok(())
     }

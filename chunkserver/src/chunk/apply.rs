@@ -101,6 +101,7 @@ impl Store {
         if slot.and_then(|slot| self.chunks.get(&slot)).is_some_and(|c| c.meta.created_index > index) {
             return Ok(());
         }
+        self.changed_at = now;
         match op {
             ApplyOp::Write { payload, crcs, .. } if payload.is_empty() && crcs.is_empty() => Ok(()),
             ApplyOp::Write { sn, offset, payload, crcs } => {

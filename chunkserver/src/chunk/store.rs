@@ -47,15 +47,13 @@ pub(super) struct Chunk {
 /// Limits of a store.
 #[derive(Clone, Copy, Debug)]
 pub struct StoreConfig {
-    /// Device writes of a round in flight at most.
-    pub writes_in_flight_max: usize,
     /// Bytes of one merged device write at most.
     pub write_bytes_max: u32,
 }
 
 impl Default for StoreConfig {
     fn default() -> Self {
-        Self { writes_in_flight_max: 32, write_bytes_max: 256 << 10 }
+        Self { write_bytes_max: 256 << 10 }
     }
 }
 
@@ -101,6 +99,8 @@ pub struct Store {
     /// Slots of chunks that differ from their metapage or have dirty blocks not in the running round.
     pub(super) dirty: BTreeSet<u32>,
     pub(super) dirty_since: Option<u64>,
+    /// When the newest change was applied.
+    pub(super) changed_at: u64,
     pub(super) graves: Vec<Grave>,
     /// While replaying: chunks whose deletion up to this index is on the disk already.
     pub(super) gone: FxHashMap<(CopysetId, u64), u64>,
@@ -122,6 +122,7 @@ impl Store {
             admission: Admission::default(),
             dirty: BTreeSet::new(),
             dirty_since: None,
+            changed_at: 0,
             graves: Vec::new(),
             gone: FxHashMap::default(),
             round: None,
@@ -294,6 +295,12 @@ impl Store {
     pub fn oldest_dirty_ns(&self) -> Option<u64> {
         let running = self.round.as_ref().and_then(|round| round.since);
         running.into_iter().chain(self.dirty_since).min()
+    }
+
+    /// When the newest change was applied.
+    #[must_use]
+    pub fn changed_ns(&self) -> u64 {
+        self.changed_at
     }
 
     /// Lowest index of `copyset` whose data is in memory only and not part of the running round. After a round it is

@@ -207,11 +207,15 @@ impl Store {
     }
 
     /// The next operation of the round, if one may be started now. `alloc` gives buffers for pages; when it gives none,
-    /// ask again when memory is free.
-    pub fn next_io(&mut self, alloc: &mut dyn FnMut(usize) -> Option<PoolBuf>) -> Option<(IoId, RoundIo)> {
+    /// ask again when memory is free. At most `depth` are in flight.
+    pub fn next_io(
+        &mut self,
+        depth: usize,
+        alloc: &mut dyn FnMut(usize) -> Option<PoolBuf>,
+    ) -> Option<(IoId, RoundIo)> {
         loop {
             let round = self.round.as_mut()?;
-            if round.flights.len() >= self.config.writes_in_flight_max.max(1) {
+            if round.flights.len() >= depth.max(1) {
                 return None;
             }
             match round.phase {

@@ -9,6 +9,7 @@ mod apply;
 mod boot;
 pub mod entry;
 mod flush;
+mod pace;
 mod propose;
 mod read;
 pub mod request;
@@ -159,6 +160,8 @@ pub struct Shard {
     unpersisted: Vec<CopysetId>,
     /// Copysets with committed entries to apply.
     applying: Vec<CopysetId>,
+    /// An empty list for whoever takes one of the three above, so that none is allocated each turn.
+    spare: Vec<CopysetId>,
     tasks: Slab<Task>,
     waiting: Slab<Waiting>,
     reads: Slab<read::Job>,
@@ -174,6 +177,7 @@ pub struct Shard {
     proposed_cost: u64,
     admin: Vec<admin::Pending>,
     flush: flush::Flush,
+    pace: pace::Pace,
     state: State,
     extents: Arc<ExtentPool>,
     /// What the log held at start and is not applied yet: copyset and last index.
@@ -259,6 +263,7 @@ impl Shard {
         if self.fetch_at <= self.now {
             self.fetch_at = Instant::FAR;
         }
+        self.pace.turn(now, self.log.borrow().queued_records());
         self.tick();
         self.starved = false;
         loop {
@@ -304,7 +309,13 @@ impl Shard {
                 } else {
                     Instant::FAR
                 };
-                self.flush_deadline().min(self.next_tick).min(self.seal_at).min(self.fetch_at).min(retry).min(over)
+                self.flush_deadline()
+                    .min(self.log_write_deadline())
+                    .min(self.next_tick)
+                    .min(self.seal_at)
+                    .min(self.fetch_at)
+                    .min(retry)
+                    .min(over)
             }
             State::Boot(_) => self.boot_deadline(),
             State::Stopped | State::Failed(_) => Instant::FAR,
@@ -437,10 +448,10 @@ impl Shard {
 
     /// Collect what raft wants done; true if there was anything.
     fn raft_ready(&mut self, out: &mut Effects) -> bool {
-        let dirty = std::mem::take(&mut self.dirty);
+        let mut dirty = std::mem::replace(&mut self.dirty, std::mem::take(&mut self.spare));
         self.proposed_cost = 0;
         let worked = !dirty.is_empty();
-        for id in dirty {
+        for id in dirty.drain(..) {
             let Some(group) = self.groups.get_mut(&id) else { continue };
             group.dirty = false;
             let mut effects = std::mem::take(&mut self.effects);
@@ -453,6 +464,7 @@ impl Shard {
             }
             self.effects = effects;
         }
+        self.spare = dirty;
         worked
     }
 
@@ -474,13 +486,14 @@ impl Shard {
 
     /// Start as many log writes as may be in flight.
     fn write_log(&mut self, out: &mut Effects) {
-        loop {
+        while self.log_write_due() {
             let Some(len) = self.log.borrow_mut().next_header() else { return };
             let Some(mut header) = self.arenas.work.alloc(len) else {
                 self.starved = true;
                 return;
             };
             let write = self.log.borrow_mut().take_write(&mut header);
+            self.pace.started(self.now, write.id, write.records);
             let offset = self.layout.log_offset_of(self.config.shard) + write.offset;
             let payload: usize = write.payloads.iter().map(Bytes::len).sum();
             self.seal_at = self.now.after_ms(SEAL_AFTER_MS);
@@ -492,8 +505,10 @@ impl Shard {
     }
 
     fn log_written(&mut self, id: WriteId) {
+        self.pace.done(id);
         let Some(durable) = self.log.borrow_mut().write_done(id) else { return };
-        for id in std::mem::take(&mut self.unpersisted) {
+        let mut unpersisted = std::mem::replace(&mut self.unpersisted, std::mem::take(&mut self.spare));
+        for id in unpersisted.drain(..) {
             let Some(group) = self.groups.get_mut(&id) else { continue };
             group.raft.persisted(durable);
             group.unpersisted = group.raft.awaits_log();
@@ -502,6 +517,7 @@ impl Shard {
             }
             self.mark_dirty(id);
         }
+        self.spare = unpersisted;
     }
 
     fn status(&self) -> ShardStatus {

@@ -103,7 +103,7 @@ pub(super) fn load(
     disk: &Disk,
     known: &BTreeMap<CopysetId, Known>,
 ) -> Result<(Store, LoadReport), LoadError> {
-    let config = StoreConfig { writes_in_flight_max: 4, write_bytes_max: 32 << 10 };
+    let config = StoreConfig { write_bytes_max: 32 << 10 };
     let mut loader = Loader::new(layout, shard, Arc::clone(pool), config);
     while let Some((offset, len)) = loader.next_read() {
         assert!(len <= READ_BYTES_MAX);
@@ -127,7 +127,7 @@ pub(super) fn payload(stamp: u64, blocks: usize) -> (Bytes, BlockCrcs) {
 
 /// Carry out one operation of the round; false when none may start.
 pub(super) fn start_io(store: &mut Store, disk: &mut Disk, arena: &Arc<Arena>) -> Option<(IoId, bool)> {
-    let (id, io) = store.next_io(&mut |len| arena.alloc(len))?;
+    let (id, io) = store.next_io(4, &mut |len| arena.alloc(len))?;
     match io {
         RoundIo::Write { offset, bufs } => {
             disk.write(offset, &bufs.concat());

@@ -250,7 +250,7 @@ fn of_two_claims_the_later_life_wins() {
     apply_write(&mut store, 3, 1, 0, 3, 1);
     store.begin_round(&[(C, 3)]).unwrap();
     let mut lost = Disk::default();
-    while let Some((id, io)) = store.next_io(&mut |len| arena.alloc(len)) {
+    while let Some((id, io)) = store.next_io(4, &mut |len| arena.alloc(len)) {
         if let RoundIo::Write { offset, bufs } = io {
             // The tombstone of slot 0 is the write that does not make it.
             let meta_of_0 = layout.metapage_offset(0, 0)..layout.metapage_offset(1, 0);
@@ -456,7 +456,7 @@ fn pages_wait_for_memory() {
     let mut waits = 0;
     loop {
         let arena: Arc<Arena> = Arc::clone(&arena);
-        match store.next_io(&mut |len| if hold { None } else { arena.alloc(len) }) {
+        match store.next_io(4, &mut |len| if hold { None } else { arena.alloc(len) }) {
             Some((id, RoundIo::Write { offset, bufs })) => {
                 disk.write(offset, &bufs.concat());
                 drop(bufs);
