@@ -72,7 +72,9 @@ impl History {
                     state.entry(chunk).or_default().insert(block, number);
                 }
                 Change::Zero { chunk, block } => {
-                    state.get_mut(&chunk).map(|blocks| blocks.remove(&block));
+                    if let Some(blocks) = state.get_mut(&chunk) {
+                        blocks.remove(&block);
+                    }
                 }
                 Change::Delete { chunk } => {
                     state.remove(&chunk);

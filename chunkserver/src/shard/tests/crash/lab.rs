@@ -180,7 +180,7 @@ impl Lab {
             match self.shard.failure() {
                 Some(Failure::Apply(ApplyError::NoSlot)) => return Err(Violation::NoSlot),
                 Some(_) => return Err(Violation::Stuck),
-                None if self.shard.serving() && self.flights.is_empty() => {
+                None if self.shard.serving() && self.shard.replay_over && self.idle() => {
                     let lost = !self.shard.lost.is_empty() || self.shard.store.suspect_chunks() > 0;
                     return if lost { Err(Violation::Rot) } else { Ok(()) };
                 }
@@ -253,10 +253,21 @@ impl Lab {
         self.look();
     }
 
-    /// Until nothing is under way.
+    /// Nothing is under way, nor held up.
+    fn idle(&self) -> bool {
+        self.flights.is_empty() && self.shard.log_write_deadline() == Instant::FAR
+    }
+
+    /// Until nothing is under way, nor held up.
     pub(super) fn settle(&mut self) {
-        while !self.flights.is_empty() {
-            self.step();
+        while !self.idle() {
+            if self.flights.is_empty() {
+                self.now = self.now.max(self.shard.log_write_deadline());
+                self.turn();
+                self.look();
+            } else {
+                self.step();
+            }
         }
     }
 
@@ -402,8 +413,7 @@ impl Lab {
 
     /// A life on what a power cut left.
     fn life(&self, image: &Image) -> Self {
-        let medium = Medium { durable: image.clone(), ..Medium::default() };
-        Self::on(self.setup.clone(), medium, self.history.clone())
+        Self::on(self.setup.clone(), Medium::of(image.clone()), self.history.clone())
     }
 
     /// After how many operations the chunks are.

@@ -53,6 +53,10 @@ pub(super) struct Medium {
 }
 
 impl Medium {
+    pub(super) fn of(durable: Image) -> Self {
+        Self { durable, pending: Vec::new() }
+    }
+
     pub(super) fn submit(&mut self, number: u64, offset: u64, data: &[u8]) {
         let sector = |(n, bytes): (usize, &[u8])| (offset + (n * SECTOR) as u64, Rc::new(bytes.try_into().unwrap()));
         let sectors = data.chunks(SECTOR).enumerate().map(sector).collect();

@@ -82,20 +82,18 @@ pub(super) fn check(layout: &Layout, image: &Image, history: &History, commit: u
         let state = history.at(meta.index);
         let Some(blocks) = state.get(&meta.id) else { return Err(Violation::Wrong) };
         for &block in &history.blocks {
+            let in_place = |first| in_place(layout, image, history, slot, meta.id, block, first);
             let written = meta.page[112 + block as usize / 8] >> (block % 8) & 1 == 1;
             if written != blocks.contains_key(&block) {
                 return Err(Violation::Wrong);
             }
-            let Some(&number) = blocks.get(&block) else { continue };
-            if !in_place(layout, image, history, slot, meta.id, block, number) {
+            if blocks.get(&block).is_some_and(|number| !in_place(*number)) {
                 return Err(Violation::AheadOfData);
             }
+            // A CRC page may be of the round before the metapage's, or of the one after.
             let Some(crc) = checksum(layout, image, slot, meta.generation, block) else { continue };
-            // A CRC page older than the metapage: of the round that is being written.
-            let Some(of) = history.writes_of(meta.id, block, 1).find(|n| crc32c(&history.content(*n)) == crc) else {
-                continue;
-            };
-            if !in_place(layout, image, history, slot, meta.id, block, of) {
+            let of = history.writes_of(meta.id, block, 1).find(|n| crc32c(&history.content(*n)) == crc);
+            if of.is_some_and(|number| !in_place(number)) {
                 return Err(Violation::AheadOfData);
             }
         }
