@@ -2,16 +2,17 @@
 
 use super::history::{Change, History};
 use super::medium::{Image, Medium};
-use super::pages;
+use super::pages::Lying;
 use crate::chunk::{ApplyError, ExtentPool, FLAG_SPARSE, Layout, Params};
 use crate::io::buffer::Arena;
 use crate::io::{Completion, Done, Instant, Op, Token};
-use crate::metrics::Registry;
+use crate::metrics::{Registry, ShardMetrics};
 use crate::shard::boot::Boot;
 use crate::shard::request::{AdminOp, ChunkOp, Origin, Outcome, Reply, ReplyData, Request, RequestOp};
 use crate::shard::{Arenas, Config, Effects, Failure, Shard, State};
 use raftlog::{BLOCK, CopysetId};
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::sync::Arc;
 
 /// Most sectors that may go either way at one moment.
 pub(super) const FREE_MAX: usize = 12;
@@ -69,6 +70,7 @@ struct Flight {
 pub(super) struct Setup {
     layout: Layout,
     arenas: Arenas,
+    metrics: Arc<ShardMetrics>,
 }
 
 impl Setup {
@@ -86,7 +88,7 @@ impl Setup {
         assert_eq!(u64::from(layout.slot_count), slots);
         let payload = Arena::new(2 << 20).unwrap();
         let arenas = Arenas { all_payload: vec![payload.clone()], payload, work: Arena::new(4 << 20).unwrap() };
-        Self { layout, arenas }
+        Self { layout, arenas, metrics: Registry::new(1).shard(0).unwrap().clone() }
     }
 }
 
@@ -155,10 +157,16 @@ impl Lab {
     }
 
     fn shard(setup: &Setup, now: Instant) -> Shard {
-        let config =
-            Config { shard: 0, peer: PEER, dirty_limit: 1 << 20, flush_age_ns: 3_600_000_000_000, election_ms: 1000, seed: 1 };
-        let metrics = Registry::new(1).shard(0).unwrap().clone();
+        let config = Config {
+            shard: 0,
+            peer: PEER,
+            dirty_limit: 1 << 20,
+            flush_age_ns: 3_600_000_000_000,
+            election_ms: 1000,
+            seed: 1,
+        };
         let extents = ExtentPool::new(&setup.layout);
+        let metrics = Arc::clone(&setup.metrics);
         Shard::new(config, setup.layout.clone(), setup.arenas.clone(), extents, metrics, now).unwrap()
     }
 
@@ -175,7 +183,8 @@ impl Lab {
             if !looked && matches!(self.shard.state, State::Boot(Boot::Metadata { .. })) {
                 looked = true;
                 let commit = self.shard.log.borrow().index(ID).map_or(0, |index| index.hard_state().commit);
-                self.found.extend(pages::check(&self.setup.layout, image, &self.history, commit).err());
+                let lying = Lying { layout: &self.setup.layout, image, history: &self.history, commit };
+                self.found.extend(lying.check().err());
             }
             match self.shard.failure() {
                 Some(Failure::Apply(ApplyError::NoSlot)) => return Err(Violation::NoSlot),
