@@ -32,9 +32,8 @@ pub(super) struct History {
 }
 
 impl History {
-    /// Before index 2: the first one is the leader's own.
     pub(super) fn new() -> Self {
-        Self { asked: Vec::new(), answered: 0, next_index: 2, chunks: BTreeSet::new(), blocks: BTreeSet::new() }
+        Self { asked: Vec::new(), answered: 0, next_index: 1, chunks: BTreeSet::new(), blocks: BTreeSet::new() }
     }
 
     /// The number of the new operation.

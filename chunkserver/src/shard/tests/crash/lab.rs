@@ -10,7 +10,7 @@ use crate::metrics::{Registry, ShardMetrics};
 use crate::shard::boot::Boot;
 use crate::shard::request::{AdminOp, ChunkOp, Origin, Outcome, Reply, ReplyData, Request, RequestOp};
 use crate::shard::{Arenas, Config, Effects, Failure, Shard, State};
-use raftlog::{BLOCK, CopysetId};
+use raftlog::{BLOCK, CopysetId, Index};
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::Arc;
 
@@ -126,6 +126,7 @@ impl Lab {
         lab.ask(RequestOp::Admin(AdminOp::CreateCopyset { peers: vec![PEER] }));
         lab.settle();
         assert_eq!(lab.replies.pop().unwrap().outcome, Outcome::Success);
+        lab.history.next_index = lab.last_index() + 1;
         lab
     }
 
@@ -203,6 +204,11 @@ impl Lab {
         Err(Violation::Stuck)
     }
 
+    /// Of the log; the leader's own entries are in it too.
+    fn last_index(&self) -> u64 {
+        self.shard.log.borrow().index(ID).map_or(0, Index::last_index)
+    }
+
     /// The process is killed and starts again on the same disk, which kept its cache.
     pub(super) fn kill(&mut self) {
         (self.flights, self.asked) = (VecDeque::new(), BTreeMap::new());
@@ -211,7 +217,7 @@ impl Lab {
         // What is replayed is answered for: reads have seen it.
         let watched = std::mem::take(&mut self.watched);
         self.boot(&Image::default()).unwrap();
-        self.history.next_index += 1;
+        self.history.next_index = self.last_index() + 1;
         self.history.answered = self.history.len();
         self.watched = watched;
     }
