@@ -8,7 +8,14 @@ fn dropped(kind: Kind, setup: fn() -> Lab, operation: fn(&mut Lab), as_what: Vio
     let mut lab = setup();
     lab.dropped = Some(kind);
     operation(&mut lab);
-    assert!(lab.found.contains(&as_what), "{:?}", lab.found);
+    assert!(lab.found.contains(&as_what), "{:?} in {} images, {} free", lab.found, lab.images, lab.free_most);
+}
+
+/// No round: a write that is never durable can go either way for ever.
+fn append(lab: &mut Lab) {
+    lab.watch();
+    lab.write(A, 0, FEW);
+    lab.settle();
 }
 
 /// A block that was never written before.
@@ -21,7 +28,7 @@ fn extend(lab: &mut Lab) {
 
 #[test]
 fn a_log_write_is_durable_before_its_operation_is_answered() {
-    dropped(Kind::Append, overwritten, overwrite, Violation::Lost);
+    dropped(Kind::Append, overwritten, append, Violation::Lost);
 }
 
 #[test]
@@ -41,7 +48,8 @@ fn pages_are_durable_before_the_checkpoint() {
 
 #[test]
 fn a_checkpoint_is_durable_before_a_slot_is_used_again() {
-    dropped(Kind::Checkpoint, delete_and_reuse, reuse, Violation::NoSlot);
+    // The log misses a record it called durable, before replay could miss the slot.
+    dropped(Kind::Checkpoint, delete_and_reuse, reuse, Violation::Rot);
 }
 
 #[test]
