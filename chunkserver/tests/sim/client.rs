@@ -151,8 +151,8 @@ impl Client {
         let copyset = rng.between(1, self.shape.copysets);
         let filling = self.history.borrow().filling;
         if rng.ppm(if filling { 700_000 } else { 30_000 }) {
-            let place = Place { copyset, chunk: FILLER + rng.below(400), block: 0 };
-            let kind = if filling { Kind::Write } else { Kind::Delete };
+            let place = Place { copyset, chunk: FILLER + rng.below(40), block: 0 };
+            let kind = if filling && rng.ppm(700_000) { Kind::Write } else { Kind::Delete };
             return (kind, place, 1);
         }
         let chunk = rng.between(1, MORTAL);
@@ -274,6 +274,7 @@ impl Client {
         let status = codec::get_number(&fields, 1);
         match waiting {
             Waiting::Copyset(_) if frame.error == 0 && matches!(status, Some(0 | 1)) => {}
+            Waiting::Copyset(id) if world.nodes[0].disk.exposed.lost(id) => {}
             Waiting::Copyset(_) => self.unanswered(&waiting),
             Waiting::Op(id) => {
                 let status = if frame.error == 0 { status.unwrap_or(u64::MAX) } else { 1000 };
@@ -301,8 +302,14 @@ impl Client {
             (4 | 5 | 6 | 9 | 10 | 12, _) => Outcome::NotDone,
             _ => Outcome::Unknown,
         };
-        if status == 3 {
+        let exposed = &mut world.nodes[0].disk.exposed;
+        let harmed = status == 3 && exposed.explains(&record);
+        if harmed {
+            history.count("CRC_FAIL of what is harmed");
+        } else if status == 3 {
             history.violations.push(format!("CRC_FAIL, but nothing rotted: {record:?}"));
+        } else if record.outcome == Outcome::Done {
+            exposed.heal(&record, record.end);
         }
         if status == 4 || status == 10 {
             history.violations.push(format!("a good request was refused with {status}: {record:?}"));
@@ -327,7 +334,7 @@ impl Client {
                 }
             }
         }
-        let done = record.outcome == Outcome::Done;
+        let done = record.outcome == Outcome::Done || harmed;
         history.records[id] = record;
         done
     }
