@@ -303,9 +303,10 @@ impl Client {
             _ => Outcome::Unknown,
         };
         let exposed = &mut world.nodes[0].disk.exposed;
-        let harmed = status == 3 && exposed.explains(&record);
+        // A disk that made nothing durable may have forgotten a copyset as well.
+        let harmed = status == 3 && exposed.explains(&record) || status == 6 && exposed.everything;
         if harmed {
-            history.count("CRC_FAIL of what is harmed");
+            history.count("refused for what is harmed");
         } else if status == 3 {
             history.violations.push(format!("CRC_FAIL, but nothing rotted: {record:?}"));
         } else if record.outcome == Outcome::Done {
