@@ -25,7 +25,9 @@ impl Canary {
         // Nobody hears of an operation of a life that never was.
         let unheard = Route { life: 0, ..route };
         match (self, op) {
-            (Self::AckBeforePersist, op @ Op::Write { dsync: true, .. }) => (Some((unheard, op)), Some(Done::Write(Ok(())))),
+            (Self::AckBeforePersist, op @ Op::Write { dsync: true, .. }) => {
+                (Some((unheard, op)), Some(Done::Write(Ok(()))))
+            }
             (Self::LogWithoutDsync, Op::Write { file, offset, bufs, dsync: true }) => {
                 (Some((route, Op::Write { file, offset, bufs, dsync: false })), None)
             }

@@ -149,7 +149,9 @@ pub(crate) fn stray(disk: &mut Disk, intended: u64, data: &[u8], rng: &mut Rng) 
     let hit: Vec<Place> = disk.peek(victim, data.len()).chunks(BLOCK).filter_map(history::place_of).collect();
     lost.into_iter().chain(hit).for_each(|place| disk.exposed.block(place));
     for offset in [intended, victim] {
-        for at in (offset..offset + len).step_by(BLOCK).filter(|at| (layout.crc_offset..layout.slots_offset).contains(at)) {
+        for at in
+            (offset..offset + len).step_by(BLOCK).filter(|at| (layout.crc_offset..layout.slots_offset).contains(at))
+        {
             let slot = ((at - layout.crc_offset) / layout.crc_bytes_per_slot()) as u32;
             if slot < layout.slot_count {
                 expose_slot(disk, &layout, slot);

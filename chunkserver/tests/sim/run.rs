@@ -51,8 +51,14 @@ impl Sim {
             world.add_node(disk);
         }
         let programs = (0..nodes).map(|_| Vec::new()).collect();
-        let mut sim =
-            Self { world: Rc::new(RefCell::new(world)), system, programs, actors: Vec::new(), exits: BTreeMap::new(), exits_left: u64::MAX };
+        let mut sim = Self {
+            world: Rc::new(RefCell::new(world)),
+            system,
+            programs,
+            actors: Vec::new(),
+            exits: BTreeMap::new(),
+            exits_left: u64::MAX,
+        };
         (0..nodes).for_each(|node| sim.command(Command::Boot(node)));
         sim
     }

@@ -141,7 +141,15 @@ impl World {
     }
 
     pub(crate) fn add_node(&mut self, disk: Disk) -> usize {
-        self.nodes.push(Node { disk, up: false, life: 0, ports: Vec::new(), paused_until: 0, clock_ahead: 0, trip: None });
+        self.nodes.push(Node {
+            disk,
+            up: false,
+            life: 0,
+            ports: Vec::new(),
+            paused_until: 0,
+            clock_ahead: 0,
+            trip: None,
+        });
         self.nodes.len() - 1
     }
 

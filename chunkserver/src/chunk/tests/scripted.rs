@@ -462,7 +462,8 @@ fn shards_share_the_pool() {
     let total = u64::from(layout.slot_count);
     let ids: Vec<CopysetId> =
         (0..2).map(|shard| (1..).map(CopysetId).find(|&id| shard_of(id, 2) == shard).unwrap()).collect();
-    let known: BTreeMap<_, _> = ids.iter().map(|&id| (id, Known { incarnation: 1, checkpoint: 0, last: 1 << 40 })).collect();
+    let known: BTreeMap<_, _> =
+        ids.iter().map(|&id| (id, Known { incarnation: 1, checkpoint: 0, last: 1 << 40 })).collect();
     let mut disk = Disk::default();
     let pool = ExtentPool::new(&layout);
     let mut stores: Vec<Store> = (0..2).map(|shard| load(&layout, shard, &pool, &disk, &known).unwrap().0).collect();
