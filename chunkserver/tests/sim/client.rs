@@ -6,6 +6,7 @@
 use crate::codec::{self, ChunkRequest, Frame, Value};
 use crate::history::{BLOCK, History, Kind, Outcome, Place, Record, stamp, unstamp};
 use crate::rng::Rng;
+use crate::rot;
 use crate::run::Actor;
 use crate::world::{ActorEvent, World};
 use bytes::BytesMut;
@@ -302,6 +303,9 @@ impl Client {
             (4 | 5 | 6 | 9 | 10 | 12, _) => Outcome::NotDone,
             _ => Outcome::Unknown,
         };
+        if status == 3 {
+            rot::name_the_harmed(&mut world.nodes[0].disk);
+        }
         let exposed = &mut world.nodes[0].disk.exposed;
         // A disk that made nothing durable may have forgotten a copyset as well.
         let harmed = status == 3 && exposed.explains(&record) || status == 6 && exposed.everything;

@@ -13,6 +13,10 @@ pub(crate) struct Exposure {
     blocks: BTreeMap<Place, (u64, u64)>,
     /// Chunks whose checksums or metadata are harmed, by copyset.
     chunks: BTreeSet<(u64, u64)>,
+    /// Slots whose checksums or metadata are harmed.
+    pub(crate) slots: BTreeSet<u32>,
+    /// Whether this disk harms CRC pages (or writes of data), once that is decided.
+    pub(crate) pages: Option<bool>,
     /// Copysets of whose log something durable is lost.
     copysets: BTreeSet<u64>,
     /// Reads of the device may be misdirected until then.

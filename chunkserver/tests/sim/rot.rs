@@ -81,11 +81,26 @@ fn chunks_of(disk: &Disk, layout: &Layout, slot: u32) -> Vec<(u64, u64, u64)> {
     all
 }
 
-/// Note that everything in a slot is doubtful; false when nothing is known to be there.
-fn expose_slot(disk: &mut Disk, layout: &Layout, slot: u32) -> bool {
-    let chunks = chunks_of(disk, layout, slot);
-    chunks.iter().for_each(|&(copyset, chunk, _)| disk.exposed.chunk(copyset, chunk));
-    !chunks.is_empty()
+/// Note that everything in a slot is doubtful.
+fn expose_slot(disk: &mut Disk, layout: &Layout, slot: u32) {
+    disk.exposed.slots.insert(slot);
+    for (copyset, chunk, _) in chunks_of(disk, layout, slot) {
+        disk.exposed.chunk(copyset, chunk);
+    }
+}
+
+/// Look again whose the harmed slots are: a new chunk's pages go out together, so the harm may have come before its name.
+pub(crate) fn name_the_harmed(disk: &mut Disk) {
+    let Some(layout) = layout(disk) else { return };
+    for slot in disk.exposed.slots.clone() {
+        expose_slot(disk, &layout, slot);
+    }
+}
+
+/// An older block of data verifies if the CRC page written after it is lost as well. That is two faults which agree, and
+/// nothing could notice: so one disk loses writes of data or CRC pages, not both.
+fn may_harm(disk: &mut Disk, pages: bool) -> bool {
+    *disk.exposed.pages.get_or_insert(pages) == pages
 }
 
 fn used_slot(disk: &Disk, layout: &Layout, rng: &mut Rng) -> Option<u32> {
@@ -98,7 +113,8 @@ fn used_slot(disk: &Disk, layout: &Layout, rng: &mut Rng) -> Option<u32> {
 fn crc_page(disk: &mut Disk, layout: &Layout, rng: &mut Rng) -> Option<u64> {
     let slot = used_slot(disk, layout, rng)?;
     let offset = layout.crcpage_offset(slot, 0, rng.below(2));
-    (disk.rests(offset, B) && expose_slot(disk, layout, slot)).then_some(offset)
+    let harm = disk.rests(offset, B) && may_harm(disk, true);
+    harm.then(|| expose_slot(disk, layout, slot)).map(|()| offset)
 }
 
 /// One copy of a metapage. A life's first one has no second copy until the next round: that is for the unit tests.
@@ -107,7 +123,8 @@ fn metapage(disk: &mut Disk, layout: &Layout, rng: &mut Rng) -> Option<u64> {
     let chunks = chunks_of(disk, layout, slot);
     let offset = layout.metapage_offset(slot, rng.below(2));
     let paired = chunks.len() == 2 && chunks[0] == chunks[1];
-    (paired && disk.rests(offset, B) && expose_slot(disk, layout, slot)).then_some(offset)
+    let harm = paired && disk.rests(offset, B);
+    harm.then(|| expose_slot(disk, layout, slot)).map(|()| offset)
 }
 
 /// A block of a batch that a later header calls durable.
@@ -142,7 +159,7 @@ pub(crate) fn stray(disk: &mut Disk, intended: u64, data: &[u8], rng: &mut Rng) 
     let len = data.len() as u64;
     let zone = if intended < layout.slots_offset { layout.crc_offset } else { layout.slots_offset };
     let victim = zone + rng.below((disk.len() - zone - len) / B) * B;
-    if victim.abs_diff(intended) < len || !disk.rests(victim, len) {
+    if victim.abs_diff(intended) < len || !disk.rests(victim, len) || !may_harm(disk, intended < layout.slots_offset) {
         return None;
     }
     let lost: Vec<Place> = data.chunks(BLOCK).filter_map(history::place_of).collect();
