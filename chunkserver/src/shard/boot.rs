@@ -214,8 +214,9 @@ impl Shard {
         let log = Rc::clone(&self.log);
         let known = |id: CopysetId| {
             let log = log.borrow();
-            let checkpoint = log.index(id)?.checkpoint();
-            Some(chunk::Known { incarnation: checkpoint.incarnation, checkpoint: checkpoint.applied_index })
+            let index = log.index(id)?;
+            let (checkpoint, last) = (index.checkpoint(), index.last_index());
+            Some(chunk::Known { incarnation: checkpoint.incarnation, checkpoint: checkpoint.applied_index, last })
         };
         let (store, report) = loader.finish(&known).map_err(|e| Failure::Load(e.to_string()))?;
         let ms = self.now.since_ns(started) / 1_000_000;
