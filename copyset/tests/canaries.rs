@@ -17,9 +17,7 @@ fn elect_behind_the_leaders_back(fault: Fault, seed: u64) -> Net {
         _ => (1, 2),
     };
     net.cut.extend([(leader, far), (far, leader)]);
-    net.await_that(2000, "campaign", |net| {
-        (net.nodes[&far].copyset.role() == copyset::Role::Candidate).then_some(())
-    });
+    net.await_that(2000, "campaign", |net| (net.nodes[&far].copyset.role() == copyset::Role::Candidate).then_some(()));
     net.cut.extend([(leader, near), (near, leader)]);
     for _ in 0..1000 {
         net.write(1);

@@ -233,7 +233,10 @@ fn payloads_that_left_memory_are_fetched_before_they_are_sent() {
         net.converge(5000);
         assert!(net.fetched > 0);
         let (a, b) = (net.nodes[&lagging].applied.clone(), net.nodes[&leader].applied.clone());
-        assert_eq!(a.values().filter(|(_, _, p)| !p.is_empty()).count(), b.values().filter(|(_, _, p)| !p.is_empty()).count());
+        assert_eq!(
+            a.values().filter(|(_, _, p)| !p.is_empty()).count(),
+            b.values().filter(|(_, _, p)| !p.is_empty()).count()
+        );
         net.assert_clean();
     }
 }
@@ -291,7 +294,8 @@ fn a_suspect_takes_part_in_nothing_until_it_has_caught_up() {
     let leader = net.await_leader(3000);
     load(&mut net, 10);
     assert!(net.node(suspect).copyset.applied_index() < net.node(leader).copyset.applied_index());
-    let others = (1..=3).filter(|&p| p != suspect).map(|p| (net.nodes[&p].copyset.term(), net.nodes[&p].copyset.last_index()));
+    let others =
+        (1..=3).filter(|&p| p != suspect).map(|p| (net.nodes[&p].copyset.term(), net.nodes[&p].copyset.last_index()));
     let (term, index) = others.fold((0, 0), |a, b| (a.0.max(b.0), a.1.max(b.1)));
     net.node(suspect).copyset.suspect_until(term, index);
     net.run(200 * MS);

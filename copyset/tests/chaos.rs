@@ -121,7 +121,10 @@ fn life(count: u64, seed: u64, tally: &mut Tally) {
     tally.count("quorum reads", net.index_reads);
     tally.count("fetches", net.fetched);
     tally.count("installs", net.nodes.values().map(|n| n.installed as u64).sum());
-    tally.count("changes done", net.nodes.values().flat_map(|n| n.changes.values()).filter(|c| c.is_ok()).count() as u64);
+    tally.count(
+        "changes done",
+        net.nodes.values().flat_map(|n| n.changes.values()).filter(|c| c.is_ok()).count() as u64,
+    );
     for (_, fate) in net.nodes.values().flat_map(|n| &n.answered) {
         tally.count(if fate.is_none() { "writes answered" } else { "writes in doubt" }, 1);
     }

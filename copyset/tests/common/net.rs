@@ -20,8 +20,7 @@ pub struct Weather {
     pub disk_ns: u64,
 }
 
-pub const FAIR: Weather =
-    Weather { delay_ns: (MS / 10, 2 * MS), lose_one_in: 0, duplicate_one_in: 0, disk_ns: 2 * MS };
+pub const FAIR: Weather = Weather { delay_ns: (MS / 10, 2 * MS), lose_one_in: 0, duplicate_one_in: 0, disk_ns: 2 * MS };
 
 /// How the shard around a copyset may be wrong, to see that the checker sees it.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -239,7 +238,9 @@ impl Net {
         match node.copyset.step(now, if early { voting } else { message }) {
             Ok(()) => {}
             Err(StepError::Raft(_)) => *self.refused.entry("raft".into()).or_default() += 1,
-            Err(e) => *self.refused.entry(format!("{e:?}").split([' ', '{', '(']).next().unwrap().into()).or_default() += 1,
+            Err(e) => {
+                *self.refused.entry(format!("{e:?}").split([' ', '{', '(']).next().unwrap().into()).or_default() += 1
+            }
         }
     }
 
@@ -274,7 +275,8 @@ impl Net {
         let mismatches = std::mem::take(&mut node.mismatches);
         let applied = node.copyset.applied_index();
         let facts: Vec<_> = fresh.iter().map(|(i, _)| (*i, node.applied[i].0, node.applied[i].1.to_vec())).collect();
-        let done: Vec<_> = self.reading.iter().filter(|(_, (at, _))| *at == peer).map(|(&c, &(_, must))| (c, must)).collect();
+        let done: Vec<_> =
+            self.reading.iter().filter(|(_, (at, _))| *at == peer).map(|(&c, &(_, must))| (c, must)).collect();
         let done: Vec<_> = done.into_iter().filter_map(|(c, must)| Some((c, must, *node.reads.get(&c)?))).collect();
         let lease = node.may_read();
         for (index, term, context) in facts {
