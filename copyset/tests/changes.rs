@@ -157,7 +157,7 @@ fn one_voter_becomes_three_and_one_again() {
     load(&mut net, 20);
     assert!(net.node(3).may_read());
     net.crash(3);
-    net.await_leader(100);
+    net.await_leader(5000);
     net.assert_clean();
 }
 

@@ -10,7 +10,7 @@ use raftlog::CopysetId;
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
-const GROUPS: usize = 200;
+const GROUPS: usize = 30;
 const SECONDS: u64 = 4;
 
 #[test]

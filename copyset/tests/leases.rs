@@ -145,6 +145,7 @@ fn after_a_hand_over_no_lease_for_the_rest_of_the_term() {
     let mut net = Net::new(3, 11);
     let leader = net.await_leader(3000);
     net.await_that(1000, "lease", |net| net.node(leader).may_read().then_some(()));
+    net.run(100 * MS);
     let to = (1..=3).find(|&p| p != leader).unwrap();
     // The order to take over is lost on the way.
     net.cut.insert((leader, to));

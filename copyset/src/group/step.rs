@@ -51,8 +51,12 @@ impl Copyset {
         let raft = &self.raw.raft;
         let of_this_term = outcome.is_ok() && term == raft.term;
         if of_this_term && from_leader(kind) && raft.leader_id == from && raft.state == StateRole::Follower {
+            let first = self.time.never_led();
             self.time.heard(self.time.now());
             self.removed = false;
+            if first {
+                self.draw_timeout(); // what was drawn was for a copyset without a leader
+            }
         }
         if of_this_term && kind == MessageType::MsgHeartbeatResponse && raft.state == StateRole::Leader {
             if let Some(round) = round {
