@@ -70,7 +70,7 @@ fn context(rng: &mut Rng, kind: MessageType, node: &Node) -> Vec<u8> {
         (_, 0) => (0..rng.below(20)).map(|_| rng.next() as u8).collect(),
         (MsgHeartbeat | MsgHeartbeatResponse, _) => number(rng, node.copyset.term()).to_le_bytes().to_vec(),
         (MsgRequestPreVoteResponse, 1) => conf(rng),
-        (MsgRequestVote, 1) => copyset::raft::CAMPAIGN_TRANSFER.to_vec(),
+        (MsgRequestVote, 1) => raft::CAMPAIGN_TRANSFER.to_vec(),
         _ => Vec::new(),
     }
 }

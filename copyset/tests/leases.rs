@@ -56,7 +56,7 @@ fn a_voter_owes_silence_after_contact_and_after_its_start() {
     // What the leader itself asked for is granted.
     node.step(message(MessageType::MsgHeartbeat, 3, 6)).unwrap();
     let mut handed = vote(MessageType::MsgRequestVote, 2, 7);
-    handed.context = copyset::raft::CAMPAIGN_TRANSFER.into();
+    handed.context = raft::CAMPAIGN_TRANSFER.into();
     node.step(handed).unwrap();
     assert_eq!(granted(&mut node), 1);
 }

@@ -237,7 +237,7 @@ impl Net {
         let mut voting = message.clone();
         if early {
             // As a replica would that forgot whom it heard.
-            voting.context = copyset::raft::CAMPAIGN_TRANSFER.into();
+            voting.context = raft::CAMPAIGN_TRANSFER.into();
         }
         match node.copyset.step(now, if early { voting } else { message }) {
             Ok(()) => {}
