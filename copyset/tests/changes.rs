@@ -29,7 +29,8 @@ fn a_member_is_added_under_load() {
     let (_, cookie) = begin(&mut net, &[1, 2, 3, 4]);
     let node = net.node(leader);
     assert_eq!(node.copyset.change_peers(node.now, 0, &[1, 2]), Err(ChangeRefused::Busy));
-    assert_eq!(node.copyset.transfer_leader(node.now, 2), Err(ChangeRefused::Busy));
+    let follower = if leader == 1 { 2 } else { 1 };
+    assert_eq!(node.copyset.transfer_leader(node.now, follower), Err(ChangeRefused::Busy));
     let stage = Stage::CatchUp;
     assert_eq!(node.copyset.change_in_progress(), Some(InProgress::Change { target: &[1, 2, 3, 4], stage }));
     while net.node(leader).changes.is_empty() {

@@ -116,7 +116,7 @@ fn reads_without_a_lease_ask_a_quorum() {
     net.run(100 * MS);
     assert_eq!(net.node(leader).copyset.reads_waiting(), 1);
     net.heal();
-    net.run(100 * MS);
+    net.run(150 * MS);
     assert_eq!(net.index_reads, 2);
     // Leadership is lost: no read stays behind.
     net.isolate(leader);

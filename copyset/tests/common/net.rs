@@ -220,7 +220,8 @@ impl Net {
             let ((_, number), message) = entry.remove_entry();
             let (from, to) = (message.from, message.to);
             if self.paused.contains(&to) {
-                later.push(((self.time + 3 * QUANTUM, number), message)); // waits in the socket
+                let due = (self.time / (8 * QUANTUM) + 1) * 8 * QUANTUM;
+                later.push(((due, number), message)); // waits in the socket
             } else if !self.cut.contains(&(from, to)) && !self.down.contains(&to) && self.nodes.contains_key(&to) {
                 self.step(to, message);
             }
