@@ -273,7 +273,7 @@ fn a_peer_that_does_not_answer_holds_up_no_more_than_a_window() {
         net.run(MS);
         most = most.max(net.node(leader).copyset.bytes_in_flight(down));
     }
-    assert!(most >= 60 << 10 && most <= (64 + 16) << 10, "{most} bytes");
+    assert!((60 << 10..=(64 + 16) << 10).contains(&most), "{most} bytes");
     net.converge(5000);
     net.assert_clean();
 }

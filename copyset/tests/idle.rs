@@ -1,5 +1,5 @@
 //! What a thousand idle copysets cost. A report, no limit: machines differ (`--nocapture`).
-#![allow(clippy::unwrap_used, clippy::print_stdout)]
+#![allow(clippy::unwrap_used, clippy::print_stdout, clippy::disallowed_types)] // measures
 
 mod common;
 

@@ -190,7 +190,7 @@ impl Net {
         let node = self.node(peer);
         let messages = std::mem::take(&mut node.outgoing);
         let offers = std::mem::take(&mut node.offers);
-        messages.into_iter().for_each(|message| self.send(message));
+        messages.iter().for_each(|message| self.send(message));
         for (from, index) in offers {
             if !self.transfers.iter().any(|t| t.1 == peer && t.3 == index) {
                 let due = self.time + 5 * MS + self.rng.below(100 * MS);
@@ -199,7 +199,7 @@ impl Net {
         }
     }
 
-    fn send(&mut self, message: Message) {
+    fn send(&mut self, message: &Message) {
         let Weather { delay_ns: (low, high), lose_one_in, duplicate_one_in, .. } = self.weather;
         if lose_one_in > 0 && self.rng.one_in(lose_one_in) {
             return;
@@ -266,7 +266,7 @@ impl Net {
         }
     }
 
-    fn violate(&mut self, what: String) {
+    fn violate(&mut self, what: &str) {
         if self.violations.len() < 8 {
             self.violations.push(format!("at {} ms: {what}", self.time / MS));
         }
@@ -287,23 +287,23 @@ impl Net {
         for (index, term, context) in facts {
             let fact = (term, context);
             if self.facts.entry(index).or_insert_with(|| fact.clone()) != &fact {
-                self.violate(format!("{peer} applies another entry {index} than was committed"));
+                self.violate(&format!("{peer} applies another entry {index} than was committed"));
             }
         }
         if mismatches > 0 {
-            self.violate(format!("{peer} applies other entries than in its earlier life"));
+            self.violate(&format!("{peer} applies other entries than in its earlier life"));
         }
         if role == Role::Leader {
             let first = *self.leaders.entry(term).or_insert(peer);
             if first != peer {
-                self.violate(format!("{first} and {peer} lead term {term}"));
+                self.violate(&format!("{first} and {peer} lead term {term}"));
             }
         }
         if lease {
             self.lease_reads += 1;
             if applied < self.answered {
                 let must = self.answered;
-                self.violate(format!("{peer} may read at {applied}, but {must} was answered"));
+                self.violate(&format!("{peer} may read at {applied}, but {must} was answered"));
             }
         }
         for (cookie, must, ok) in done {
@@ -311,7 +311,7 @@ impl Net {
             if ok {
                 self.index_reads += 1;
                 if applied < must {
-                    self.violate(format!("{peer} answers a read at {applied} that must see {must}"));
+                    self.violate(&format!("{peer} answers a read at {applied} that must see {must}"));
                 }
             }
         }
@@ -436,7 +436,7 @@ impl Net {
                 }
             }
         }
-        wrong.into_iter().for_each(|what| self.violate(what));
+        wrong.iter().for_each(|what| self.violate(what));
     }
 
     pub fn assert_clean(&self) {
