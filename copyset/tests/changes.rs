@@ -205,7 +205,10 @@ fn a_crash_during_the_installation_starts_from_before_or_after() {
         let applied = net.nodes[&leader].copyset.applied_index();
         net.node(leader).checkpoint(applied);
         net.down.clear();
-        net.await_that(8000, "offer", |net| net.nodes[&lagging].copyset.is_installing().then_some(()));
+        net.await_that(8000, "installation", |net| {
+            let node = &net.nodes[&lagging];
+            (node.copyset.is_installing() || node.installed > 0).then_some(())
+        });
         net.crash(lagging);
         match net.node(lagging).copyset.applied_index() < 20 {
             true => before += 1,

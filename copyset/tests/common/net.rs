@@ -119,6 +119,8 @@ impl Net {
         self.clocks.insert(peer, clock);
         node.now = self.now(peer);
         node.copyset = copyset::Copyset::new(node.config.clone(), node.log.clone(), node.now).unwrap();
+        // Ticks of different nodes fall apart.
+        self.ticked.insert(peer, self.time + self.rng.below(node.config.tick_ns()));
         self.nodes.insert(peer, node);
     }
 
@@ -158,7 +160,7 @@ impl Net {
     fn turn(&mut self, peer: u64) {
         let tick_ns = self.nodes[&peer].config.tick_ns();
         let ticked = self.ticked.get(&peer).copied().unwrap_or(0);
-        if self.time - ticked >= tick_ns {
+        if self.time >= ticked + tick_ns {
             self.ticked.insert(peer, self.time);
             let missed = if self.fault == Fault::TickBurst { (self.time - ticked) / tick_ns } else { 1 };
             let node = self.node(peer);
