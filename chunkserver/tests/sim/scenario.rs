@@ -154,9 +154,7 @@ impl Run {
     /// loses writes; then the power fails. What it forgot is forgotten, and the checker is told so. But what is served is
     /// never garbage, and from then on all rules hold again. A server that finds the disk beyond use may refuse it.
     fn distrust(&mut self, nemesis: &RefCell<Nemesis>) -> Option<&'static str> {
-        if rot::layout(&self.sim.world.borrow().nodes[0].disk).is_none() {
-            return None;
-        }
+        rot::layout(&self.sim.world.borrow().nodes[0].disk)?;
         let lying = self.rng.coin();
         {
             let disk = &mut self.sim.world.borrow_mut().nodes[0].disk;
