@@ -1,22 +1,25 @@
-//! Start-up: the metadata zone from front to end, then the CRC pages of the shard's own chunks, as one sequence of
-//! reads that the caller performs.
+//! Start-up: the metadata zone, which all shards of the disk read together (`scan.rs`), then the CRC pages of the shard's
+//! own chunks, as reads that the caller performs, any number of them at a time and in any order.
 //!
 //! Of two valid copies of a page the newer one counts; a torn one leaves the other. A slot both of whose copies are
 //! unreadable is put out of use and counted. A page of a newer format refuses the disk.
 
 use super::apply::{Grave, GraveStage};
 use super::crcpage;
-use super::layout::{Layout, META_PAIR, shard_of};
-use super::meta::{self, ChunkMeta, Content, MetaError, Metapage, Tombstone};
+use super::layout::{Layout, META_PAIR};
+use super::meta::{self, Content, MetaError, Metapage, Tombstone};
 use super::page::{self, Page, u64_at};
-use super::pool::{ExtentConflict, ExtentPool, ScanView, SlotHistory, Slots};
+use super::pool::{ExtentConflict, ExtentPool, SlotHistory, Slots};
+use super::scan::{Batch, Found};
 use super::store::{Chunk, CopysetState, Store, StoreConfig};
 use raftlog::{BLOCK, CopysetId};
-use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
 
 /// Largest read asked for, bytes.
 pub const READ_BYTES_MAX: usize = 1 << 20;
+/// Slots whose metapages one read takes.
+const SLOTS_PER_READ: u32 = (READ_BYTES_MAX as u64 / META_PAIR) as u32;
 
 /// The device could not deliver a read.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
@@ -90,13 +93,15 @@ pub struct Loader {
     pool: Arc<ExtentPool>,
     config: StoreConfig,
     stage: Stage,
-    /// Reads to do; the first one is the one outstanding.
+    /// Reads to ask for.
     reads: VecDeque<(u64, usize)>,
-    /// Copy 0 of the slot whose copy 1 comes next.
-    first: Option<Copy>,
-    view: ScanView,
+    /// Reads asked for and not fed.
+    outstanding: usize,
+    /// The copy that is known of slots whose other copy comes in a read of its own, with its number.
+    halves: BTreeMap<u32, (u64, Copy)>,
+    batch: Batch,
     chunks: BTreeMap<u32, Chunk>,
-    tombs: BTreeMap<u32, Tombstone>,
+    tombs: BTreeMap<u32, (Tombstone, SlotHistory)>,
     report: LoadReport,
     error: Option<LoadError>,
 }
@@ -106,18 +111,16 @@ impl Loader {
     #[must_use]
     pub fn new(layout: &Layout, shard: u16, pool: Arc<ExtentPool>, config: StoreConfig) -> Self {
         assert!(shard < layout.shards, "the disk has no such shard");
-        let slots = layout.slot_count as usize;
-        let mut reads = VecDeque::new();
-        push_reads(&mut reads, layout.meta_offset, slots as u64 * META_PAIR);
         Self {
             layout: layout.clone(),
             shard,
             pool,
             config,
             stage: Stage::Meta,
-            reads,
-            first: None,
-            view: ScanView { history: vec![SlotHistory::default(); slots], quarantined: BTreeSet::new() },
+            reads: VecDeque::new(),
+            outstanding: 0,
+            halves: BTreeMap::new(),
+            batch: Batch::default(),
             chunks: BTreeMap::new(),
             tombs: BTreeMap::new(),
             report: LoadReport::default(),
@@ -125,17 +128,33 @@ impl Loader {
         }
     }
 
-    /// The next read: absolute offset and length (whole blocks). One is outstanding at a time; `None` = go to
-    /// [`Loader::finish`].
+    /// A read to perform: absolute offset and length (whole blocks), to be answered with [`Loader::feed`]. `None` =
+    /// nothing to read now: either [`Loader::is_complete`], or what is outstanding, here or in another shard, must be
+    /// fed first.
     pub fn next_read(&mut self) -> Option<(u64, usize)> {
         if self.error.is_some() {
             return None;
         }
         if self.reads.is_empty() && self.stage == Stage::Meta {
-            self.stage = Stage::Crc;
-            self.plan_crc_reads();
+            if let Some(slots) = self.pool.claim(SLOTS_PER_READ) {
+                let offset = self.layout.metapage_offset(slots.start, 0);
+                self.reads.push_back((offset, slots.len() * META_PAIR as usize));
+            } else if let Some(found) = self.pool.found(self.shard) {
+                self.stage = Stage::Crc;
+                found.into_iter().for_each(|found| self.own(found));
+                self.plan_crc_reads();
+            }
         }
-        self.reads.front().copied()
+        let read = self.reads.pop_front()?;
+        self.outstanding += 1;
+        Some(read)
+    }
+
+    /// Everything is read, or reading on is pointless: go to [`Loader::finish`].
+    #[must_use]
+    pub fn is_complete(&self) -> bool {
+        let read = self.stage == Stage::Crc && self.reads.is_empty() && self.outstanding == 0;
+        read || self.error.is_some()
     }
 
     fn plan_crc_reads(&mut self) {
@@ -158,9 +177,9 @@ impl Loader {
         }
     }
 
-    /// The result of the read that [`Loader::next_read`] gave. A failed read is split into single pages.
-    pub fn feed(&mut self, data: Result<&[u8], ReadFailed>) {
-        let Some((offset, len)) = self.reads.pop_front() else { return };
+    /// The result of a read that [`Loader::next_read`] gave. A failed read is split into single pages.
+    pub fn feed(&mut self, (offset, len): (u64, usize), data: Result<&[u8], ReadFailed>) {
+        self.outstanding = self.outstanding.saturating_sub(1);
         match data {
             Ok(data) if data.len() == len => {
                 for (at, bytes) in (offset..).step_by(BLOCK).zip(data.chunks_exact(BLOCK)) {
@@ -173,6 +192,9 @@ impl Loader {
                 }
             }
             _ => self.page(offset, None),
+        }
+        if self.batch.slots > 0 {
+            self.pool.report(&mut self.batch);
         }
     }
 
@@ -197,16 +219,19 @@ impl Loader {
             Some((Err(MetaError::Blank), _)) => Copy::Blank,
             Some((_, page)) => Copy::Bad(u64_at(page, 24)),
         };
-        if copy_number == 0 {
-            self.first = Some(copy);
-        } else if let Some(first) = self.first.take() {
-            self.slot(slot, first, copy);
+        match self.halves.remove(&slot) {
+            None => {
+                self.halves.insert(slot, (copy_number, copy));
+            }
+            Some((0, first)) => self.slot(slot, first, copy),
+            Some((_, second)) => self.slot(slot, copy, second),
         }
     }
 
     /// Both copies of a slot are known.
     fn slot(&mut self, slot: u32, first: Copy, second: Copy) {
-        let (found, other) = match (first, second) {
+        self.batch.slots += 1;
+        let (page, other) = match (first, second) {
             (Copy::Valid(a), Copy::Valid(b)) => {
                 let (newer, older) = if a.page > b.page { (a, b) } else { (b, a) };
                 (newer, Copy::Valid(older))
@@ -214,34 +239,32 @@ impl Loader {
             (Copy::Valid(found), other) | (other, Copy::Valid(found)) => (found, other),
             // The very first write of a metapage goes to copy 1; torn, it leaves this.
             (Copy::Blank, Copy::Blank | Copy::Bad(_)) => return,
-            _ => {
-                self.view.quarantined.insert(slot);
-                return;
-            }
+            _ => return self.batch.quarantined.push(slot),
         };
-        let Metapage { generation, page, content, .. } = *found;
-        self.view.history[slot as usize] = SlotHistory { generation, page };
-        let ours = |copyset| shard_of(copyset, self.layout.shards) == self.shard;
-        match content {
-            Content::Chunk(meta) if ours(meta.copyset) => self.chunk(slot, meta, generation, page, &other),
-            Content::Tombstone(tomb) if ours(tomb.copyset) => {
-                self.tombs.insert(slot, tomb);
-            }
-            _ => {}
-        }
-    }
-
-    fn chunk(&mut self, slot: u32, meta: ChunkMeta, generation: u64, page: u64, other: &Copy) {
-        let mut chunk = Chunk::new(&self.layout, meta, generation, page);
         // A damaged copy that claims to be the one before is history, whatever damaged it.
-        chunk.suspect = match other {
+        let suspect = match other {
             Copy::Valid(_) => false,
-            Copy::Blank => page > 1,
-            Copy::Bad(claimed) => claimed.checked_add(1) != Some(page),
+            Copy::Blank => page.page > 1,
+            Copy::Bad(claimed) => claimed.checked_add(1) != Some(page.page),
             Copy::Unreadable => true,
         };
-        self.report.torn += u64::from(chunk.suspect);
-        self.chunks.insert(slot, chunk);
+        self.batch.found.push(Found { page: *page, suspect });
+    }
+
+    /// Take over what was found for this shard.
+    fn own(&mut self, Found { page, suspect }: Found) {
+        let Metapage { slot, generation, page, content } = page;
+        match content {
+            Content::Chunk(meta) => {
+                let mut chunk = Chunk::new(&self.layout, meta, generation, page);
+                chunk.suspect = suspect;
+                self.report.torn += u64::from(suspect);
+                self.chunks.insert(slot, chunk);
+            }
+            Content::Tombstone(tomb) => {
+                self.tombs.insert(slot, (tomb, SlotHistory { generation, page }));
+            }
+        }
     }
 
     fn crcpage(&mut self, offset: u64, bytes: Option<&Page>) {
@@ -268,24 +291,23 @@ impl Loader {
         if let Some(error) = self.error {
             return Err(error);
         }
-        if self.stage == Stage::Meta || !self.reads.is_empty() {
+        if !self.is_complete() {
             return Err(LoadError::Unfinished);
         }
         // A tombstone keeps its slot only while replay may need it.
-        self.tombs.retain(|_, tomb| {
+        self.tombs.retain(|_, (tomb, _)| {
             known(tomb.copyset).is_some_and(|k| k.incarnation == tomb.incarnation && k.checkpoint < tomb.deleted_index)
         });
         let used = |slot| self.chunks.contains_key(&slot) || self.tombs.contains_key(&slot);
-        let own = self.pool.publish(self.shard, &self.view, &used)?;
-        self.report.quarantined = self.view.quarantined.len() as u64;
+        let own = self.pool.publish(self.shard, &used)?;
+        self.report.quarantined = self.pool.quarantined();
         self.report.crc_pages_lost = self.chunks.values().map(pages_lost).sum();
         let mut slots = Slots::new(Arc::clone(&self.pool), self.shard);
         for extent in &own {
             slots.adopt(extent, used);
         }
         let mut store = Store::empty(self.layout, self.config, slots);
-        for (slot, tomb) in self.tombs {
-            let history = self.view.history.get(slot as usize).copied().unwrap_or_default();
+        for (slot, (tomb, history)) in self.tombs {
             let gone = store.gone.entry((tomb.copyset, tomb.chunk)).or_default();
             *gone = tomb.deleted_index.max(*gone);
             store.graves.push(Grave { slot, history, tomb, waits: true, stage: GraveStage::Closed });

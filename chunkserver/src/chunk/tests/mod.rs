@@ -4,3 +4,4 @@ mod codec;
 mod disk;
 mod model;
 mod scripted;
+mod together;
