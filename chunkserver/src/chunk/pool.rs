@@ -5,7 +5,7 @@
 //! before every shard has replayed its log, because replay may need as many slots as the crashed run had taken.
 
 use super::layout::Layout;
-use super::scan::{Batch, Found, Scan};
+use super::scan::{Batch, Found, Ghost, Scan};
 use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -96,8 +96,13 @@ impl ExtentPool {
     }
 
     /// What the metadata zone holds for `shard`; `None` until the shards have read all of it. Given once.
-    pub(super) fn found(&self, shard: u16) -> Option<Vec<Found>> {
+    pub(super) fn found(&self, shard: u16) -> Option<(Vec<Found>, Vec<Ghost>)> {
         self.lock().scan.take(shard)
+    }
+
+    /// A slot is known to hold a chunk of the calling shard after all.
+    pub(super) fn rescue(&self, slot: u32) {
+        self.lock().scan.quarantined.remove(&slot);
     }
 
     /// Slots out of use because both copies of their metapage are unreadable.
@@ -230,11 +235,6 @@ impl Slots {
     pub(super) fn replay_done(&mut self) {
         self.replaying = false;
         self.pool.replay_done(self.shard);
-    }
-
-    /// Before [`Slots::replay_done`].
-    pub(super) fn replaying(&self) -> bool {
-        self.replaying
     }
 
     /// Every shard has loaded.

@@ -5,18 +5,37 @@
 //! reported. Nobody writes a metapage before that, so all see the same zone.
 
 use super::layout::{Layout, shard_of};
-use super::meta::{Content, Metapage};
+use super::meta::{Claim, Content, Metapage};
 use super::pool::SlotHistory;
+use raftlog::CopysetId;
 use std::collections::BTreeSet;
 use std::ops::Range;
 
-/// What one slot's metapages say.
+/// One of a slot's two metapages.
+#[derive(Debug)]
+pub(super) enum Copy {
+    Valid(Box<Metapage>),
+    Blank,
+    Bad(Claim),
+    Unreadable,
+}
+
+/// What a slot's metapages say.
 #[derive(Debug)]
 pub(super) struct Found {
     /// The newer valid one.
     pub(super) page: Metapage,
-    /// The other copy is damaged, and not the one that was being written when the process ended.
-    pub(super) suspect: bool,
+    pub(super) other: Copy,
+}
+
+/// A chunk that only a damaged metapage names.
+#[derive(Debug)]
+pub(super) struct Ghost {
+    pub(super) slot: u32,
+    pub(super) copyset: CopysetId,
+    pub(super) claim: Claim,
+    /// Nothing is lost if replay makes the chunk again.
+    pub(super) begun: bool,
 }
 
 /// Slots read by one shard and not reported yet.
@@ -26,6 +45,7 @@ pub(super) struct Batch {
     pub(super) slots: u32,
     /// The ones with a valid page.
     pub(super) found: Vec<Found>,
+    pub(super) ghosts: Vec<Ghost>,
     /// The ones without a readable page that may hold something.
     pub(super) quarantined: Vec<u32>,
 }
@@ -40,7 +60,7 @@ pub(super) struct Scan {
     pub(super) history: Vec<SlotHistory>,
     pub(super) quarantined: BTreeSet<u32>,
     /// By the shard whose they are.
-    found: Vec<Vec<Found>>,
+    found: Vec<(Vec<Found>, Vec<Ghost>)>,
 }
 
 impl Scan {
@@ -52,7 +72,7 @@ impl Scan {
             reported: 0,
             history: vec![SlotHistory::default(); layout.slot_count as usize],
             quarantined: BTreeSet::new(),
-            found: (0..layout.shards).map(|_| Vec::new()).collect(),
+            found: (0..layout.shards).map(|_| Default::default()).collect(),
         }
     }
 
@@ -75,12 +95,15 @@ impl Scan {
                 Content::Chunk(meta) => meta.copyset,
                 Content::Tombstone(tomb) => tomb.copyset,
             };
-            self.found[usize::from(shard_of(copyset, self.shards))].push(found);
+            self.found[usize::from(shard_of(copyset, self.shards))].0.push(found);
+        }
+        for ghost in batch.ghosts.drain(..) {
+            self.found[usize::from(shard_of(ghost.copyset, self.shards))].1.push(ghost);
         }
     }
 
     /// All that was found for a shard, in the order it was read; `None` before the whole zone is read.
-    pub(super) fn take(&mut self, shard: u16) -> Option<Vec<Found>> {
+    pub(super) fn take(&mut self, shard: u16) -> Option<(Vec<Found>, Vec<Ghost>)> {
         (self.reported == self.slots).then(|| std::mem::take(&mut self.found[usize::from(shard)]))
     }
 }

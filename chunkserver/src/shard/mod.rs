@@ -452,7 +452,7 @@ impl Shard {
             if several.is_empty() { Instant::FAR } else { self.now.after_ms(self.config.election_ms / 10) };
         for id in several {
             if let Some(group) = self.groups.get_mut(&id) {
-                group.raft.tick();
+                group.raft.tick(self.now.0);
             }
             self.mark_dirty(id);
         }
@@ -493,6 +493,9 @@ impl Shard {
             Effect::LeaderChanged { ready: false, .. } => self.store.reset_proposed(id),
             // Peers are a later step; a sole voter has nobody to send to.
             Effect::LeaderChanged { .. } | Effect::Send(_) => {}
+            Effect::ReadReady { .. } | Effect::ReadDropped { .. } | Effect::ChangeDone { .. } => {}
+            Effect::Fetch { .. } | Effect::SnapshotNeeded { .. } => {}
+            Effect::SnapshotOffered { .. } | Effect::Installed { .. } => {}
         }
     }
 

@@ -52,7 +52,7 @@ impl Zones {
 
 /// Known copysets: some of each shard.
 fn copysets() -> BTreeMap<CopysetId, Known> {
-    (0..6).map(|i| (CopysetId::new(1, i), Known { incarnation: 5, checkpoint: 3 })).collect()
+    (0..6).map(|i| (CopysetId::new(1, i), Known { incarnation: 5, checkpoint: 3, last: 9 })).collect()
 }
 
 fn load(

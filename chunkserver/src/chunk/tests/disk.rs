@@ -27,7 +27,7 @@ impl Rng {
     }
 }
 
-#[derive(Default)]
+#[derive(Clone, Default)]
 pub(super) struct Disk {
     durable: FxHashMap<u64, [u8; SECTOR]>,
     /// Completed or in-flight writes not yet covered by a sync, in order.
@@ -79,6 +79,11 @@ impl Disk {
     pub(super) fn flip(&mut self, offset: u64) {
         let sector = offset / SECTOR as u64 * SECTOR as u64;
         self.durable.entry(sector).or_insert([0; SECTOR])[(offset % SECTOR as u64) as usize] ^= 0x10;
+    }
+
+    pub(super) fn set(&mut self, offset: u64, byte: u8) {
+        let sector = offset / SECTOR as u64 * SECTOR as u64;
+        self.durable.entry(sector).or_insert([0; SECTOR])[(offset % SECTOR as u64) as usize] = byte;
     }
 }
 
