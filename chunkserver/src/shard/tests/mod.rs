@@ -4,4 +4,5 @@
 mod model;
 mod pressure;
 mod random;
+mod replay;
 mod world;
