@@ -11,8 +11,8 @@ const BLOCKS: u32 = 8;
 
 /// A disk whose log holds `writes` writes of one block each, of three copysets in turn, that are on no slot yet; power
 /// is lost, and start-up has only to replay.
-fn replaying(setup: Setup, writes: u64) -> World {
-    let mut world = World::new(Setup { flush_age_ms: 100_000, ..setup }, 7);
+fn replaying(setup: &Setup, writes: u64) -> World {
+    let mut world = World::new(Setup { flush_age_ms: 100_000, ..setup.clone() }, 7);
     world.boot();
     COPYSETS.iter().for_each(|&id| world.create(id));
     for stamp in 1..=writes {
@@ -48,7 +48,7 @@ fn roomy() -> Setup {
 #[test]
 fn the_log_is_read_in_pieces_not_entry_by_entry() {
     let writes = 300;
-    let mut world = replaying(roomy(), writes);
+    let mut world = replaying(&roomy(), writes);
     world.reads = 0;
     world.boot();
     let zone_in_pieces = 8 + 8; // of the recovery and of the replay
@@ -58,7 +58,7 @@ fn the_log_is_read_in_pieces_not_entry_by_entry() {
 
 #[test]
 fn pieces_that_cannot_be_read_are_only_a_short_cut() {
-    let mut world = replaying(roomy(), 200);
+    let mut world = replaying(&roomy(), 200);
     world.read_errors = Some(3);
     world.boot();
     world.read_errors = None;
@@ -69,7 +69,7 @@ fn pieces_that_cannot_be_read_are_only_a_short_cut() {
 fn a_replay_beyond_the_dirty_limit_ends_with_little_memory() {
     // No room for a piece; for one; for some.
     for work_arena in [2 << 20, 5 << 20, 16 << 20] {
-        let mut world = replaying(Setup { work_arena, ..roomy() }, 200);
+        let mut world = replaying(&Setup { work_arena, ..roomy() }, 200);
         world.setup.dirty_limit = 64 << 10; // less than what waits: the replay has to write back
         world.crash();
         world.boot();
