@@ -29,7 +29,7 @@ pub struct ConfState {
     pub learners_next: Vec<u64>,
     /// The joint stage ends by itself once applied.
     pub auto_leave: bool,
-    /// Curve's ConfEpoch: one more at every new leader's first entry and at every finished membership change.
+    /// Curve's ConfEpoch: one more at every new leader's first entry and at every finished change of the voters.
     pub epoch: u64,
 }
 
@@ -70,6 +70,12 @@ impl ConfState {
     #[must_use]
     pub fn sole_voter(&self, id: u64) -> bool {
         self.voters == [id] && (self.voters_outgoing.is_empty() || self.voters_outgoing == [id])
+    }
+
+    /// True if `id` votes or learns.
+    #[must_use]
+    pub fn has_member(&self, id: u64) -> bool {
+        self.voters.contains(&id) || self.learners.contains(&id) || self.voters_outgoing.contains(&id)
     }
 
     /// Bytes for a checkpoint.

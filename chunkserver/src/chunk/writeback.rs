@@ -163,8 +163,12 @@ impl Store {
 
     fn capture_chunks(&mut self, round: &mut Round, commits: &mut BTreeMap<CopysetId, u64>) {
         // Slots ascend, and so do the blocks of an overlay: `blocks` comes out in disk order.
+        self.dirty.append(&mut self.singles);
         for slot in std::mem::take(&mut self.dirty) {
             let Some(chunk) = self.chunks.get_mut(&slot) else { continue };
+            if std::mem::take(&mut chunk.single) {
+                self.singles.insert(slot);
+            }
             let mut meta = chunk.meta.clone();
             let mut last_page = None;
             for (block, dirty) in chunk.overlay.capture() {

@@ -70,11 +70,12 @@ pub fn inspect(path: &Path) -> Result<Value, InspectError> {
         let (log, report) = recovery.finish().map_err(|e| InspectError::Log(shard, e))?;
         let mut loader = Loader::new(layout, shard, pool.clone(), StoreConfig::default());
         while let Some((offset, len)) = loader.next_read() {
-            loader.feed(read(offset, len).as_deref().map_err(|_| ReadFailed));
+            loader.feed((offset, len), read(offset, len).as_deref().map_err(|_| ReadFailed));
         }
         let known = |id: CopysetId| {
-            let checkpoint = log.index(id)?.checkpoint();
-            Some(Known { incarnation: checkpoint.incarnation, checkpoint: checkpoint.applied_index })
+            let index = log.index(id)?;
+            let (checkpoint, last) = (index.checkpoint(), index.last_index());
+            Some(Known { incarnation: checkpoint.incarnation, checkpoint: checkpoint.applied_index, last })
         };
         let (store, loaded) = loader.finish(&known).map_err(|e| InspectError::Load(shard, e))?;
         shards.push(shard_json(shard, &log, &report, &loaded));

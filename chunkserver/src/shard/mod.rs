@@ -12,6 +12,7 @@ mod flush;
 mod pace;
 mod propose;
 mod read;
+mod replay;
 pub mod request;
 #[cfg(test)]
 mod tests;
@@ -123,11 +124,20 @@ struct Group {
 
 /// Who waits for a disk operation.
 enum Task {
-    Boot,
+    BootSync,
+    BootRead((u64, usize)),
+    /// A piece of the log, by its offset in the zone.
+    Window(u64),
     LogWrite(WriteId),
     Round(chunk::IoId),
-    Read { job: usize, piece: usize },
-    Fetch { copyset: CopysetId, index: u64 },
+    Read {
+        job: usize,
+        piece: usize,
+    },
+    Fetch {
+        copyset: CopysetId,
+        index: u64,
+    },
 }
 
 /// A proposal whose outcome is awaited.
@@ -183,6 +193,7 @@ pub struct Shard {
     /// What the log held at start and is not applied yet: copyset and last index.
     replaying: Vec<(CopysetId, u64)>,
     replay_over: bool,
+    replay: replay::Replay,
     /// Copysets of which durable log records are lost.
     lost: Vec<CopysetId>,
     /// Of these, the ones that cannot even start.
@@ -231,14 +242,15 @@ impl Shard {
     pub fn completed(&mut self, number: u64, completion: Completion, out: &mut Effects) {
         let Some(task) = self.tasks.try_remove(number as usize) else { return };
         match (task, completion.done) {
-            (Task::Boot, Done::Read { buf, result }) => self.boot_read(&buf, result),
-            (Task::Boot, Done::Sync(Ok(()))) => self.boot_synced(),
-            (Task::Boot, Done::Sync(Err(error))) => self.fail(Failure::LogWrite(error)),
+            (Task::BootRead(read), Done::Read { buf, result }) => self.boot_read(read, buf, result),
+            (Task::BootSync, Done::Sync(Ok(()))) => self.boot_synced(),
+            (Task::BootSync, Done::Sync(Err(error))) => self.fail(Failure::LogWrite(error)),
             (Task::LogWrite(id), Done::Write(Ok(()))) => self.log_written(id),
             (Task::LogWrite(_), Done::Write(Err(error))) => self.fail(Failure::LogWrite(error)),
             (Task::Round(id), Done::Write(Ok(())) | Done::Sync(Ok(()))) => self.store.io_done(id),
             (Task::Round(_), Done::Write(Err(error)) | Done::Sync(Err(error))) => self.fail(Failure::WriteBack(error)),
             (Task::Read { job, piece }, Done::Read { buf, result }) => self.read_done(job, piece, buf, result, out),
+            (Task::Window(at), Done::Read { buf, result }) => self.replay.arrived(at, result.is_ok().then_some(buf)),
             (Task::Fetch { copyset, index }, Done::Read { buf, result }) => self.fetched(copyset, index, buf, result),
             (_, done) => unreachable!("a disk operation came back as {done:?}"),
         }
@@ -440,7 +452,7 @@ impl Shard {
             if several.is_empty() { Instant::FAR } else { self.now.after_ms(self.config.election_ms / 10) };
         for id in several {
             if let Some(group) = self.groups.get_mut(&id) {
-                group.raft.tick();
+                group.raft.tick(self.now.0);
             }
             self.mark_dirty(id);
         }
@@ -481,6 +493,9 @@ impl Shard {
             Effect::LeaderChanged { ready: false, .. } => self.store.reset_proposed(id),
             // Peers are a later step; a sole voter has nobody to send to.
             Effect::LeaderChanged { .. } | Effect::Send(_) => {}
+            Effect::ReadReady { .. } | Effect::ReadDropped { .. } | Effect::ChangeDone { .. } => {}
+            Effect::Fetch { .. } | Effect::SnapshotNeeded { .. } => {}
+            Effect::SnapshotOffered { .. } | Effect::Installed { .. } => {}
         }
     }
 

@@ -52,7 +52,7 @@ impl Zones {
 
 /// Known copysets: some of each shard.
 fn copysets() -> BTreeMap<CopysetId, Known> {
-    (0..6).map(|i| (CopysetId::new(1, i), Known { incarnation: 5, checkpoint: 3 })).collect()
+    (0..6).map(|i| (CopysetId::new(1, i), Known { incarnation: 5, checkpoint: 3, last: 9 })).collect()
 }
 
 fn load(
@@ -70,10 +70,10 @@ fn load(
         while let Some((offset, len)) = loader.next_read() {
             let failed = bad.is_some_and(|at| (offset..offset + len as u64).contains(&at));
             match zones.at(layout, offset, len).filter(|_| !failed) {
-                Some(data) => loader.feed(Ok(data)),
+                Some(data) => loader.feed((offset, len), Ok(data)),
                 None => {
                     assert!(failed, "a read outside the zones: {offset}+{len}");
-                    loader.feed(Err(ReadFailed));
+                    loader.feed((offset, len), Err(ReadFailed));
                 }
             }
             reads += 1;

@@ -27,7 +27,7 @@ impl Rng {
     }
 }
 
-#[derive(Default)]
+#[derive(Clone, Default)]
 pub(super) struct Disk {
     durable: FxHashMap<u64, [u8; SECTOR]>,
     /// Completed or in-flight writes not yet covered by a sync, in order.
@@ -80,6 +80,11 @@ impl Disk {
         let sector = offset / SECTOR as u64 * SECTOR as u64;
         self.durable.entry(sector).or_insert([0; SECTOR])[(offset % SECTOR as u64) as usize] ^= 0x10;
     }
+
+    pub(super) fn set(&mut self, offset: u64, byte: u8) {
+        let sector = offset / SECTOR as u64 * SECTOR as u64;
+        self.durable.entry(sector).or_insert([0; SECTOR])[(offset % SECTOR as u64) as usize] = byte;
+    }
 }
 
 pub(super) fn layout(size: u64, shards: u16, chunk_size: u32) -> Layout {
@@ -107,7 +112,7 @@ pub(super) fn load(
     let mut loader = Loader::new(layout, shard, Arc::clone(pool), config);
     while let Some((offset, len)) = loader.next_read() {
         assert!(len <= READ_BYTES_MAX);
-        loader.feed(Ok(&disk.read(offset, len)));
+        loader.feed((offset, len), Ok(&disk.read(offset, len)));
     }
     let (mut store, report) = loader.finish(&|id| known.get(&id).copied())?;
     for (&copyset, &Known { incarnation, .. }) in known {

@@ -2,5 +2,7 @@
 
 mod codec;
 mod disk;
+mod metapages;
 mod model;
 mod scripted;
+mod together;

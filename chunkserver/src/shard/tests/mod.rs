@@ -5,4 +5,5 @@ mod crash;
 mod model;
 mod pressure;
 mod random;
+mod replay;
 mod world;
