@@ -234,6 +234,20 @@ counters! {
     NbdRequests = "nbd_request_num",
     /// HTTP requests.
     HttpRequests = "http_request_num",
+    /// Connections to peers that are up (a gauge).
+    PeerLinks = "peer_link_count",
+    /// Attempts to connect to a peer.
+    PeerDials = "peer_dial_num",
+    /// Handshakes that failed, on either side.
+    PeerRefused = "peer_refused_num",
+    /// Messages for peers.
+    PeerMailOut = "peer_mail_out_num",
+    /// Of these, thrown away: no connection, or its queue was full.
+    PeerMailLost = "peer_mail_lost_num",
+    /// Messages of peers.
+    PeerMailIn = "peer_mail_in_num",
+    /// Messages of peers that were dropped: bad checksums, not understood, another shard's.
+    PeerBad = "peer_mail_bad_num",
 }
 
 /// RPC methods measured; the service's table must not be longer.

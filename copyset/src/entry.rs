@@ -5,7 +5,7 @@
 //! | normal: `data`, `context` | `payload` and `context`, the same buffers |
 //! | conf change (v2): protobuf in `data` | `context` = [`crate::change`]'s bytes, no payload |
 
-use crate::change::{decode_change, encode_change};
+use crate::change::{ChangeError, decode_change, encode_change};
 use bytes::Bytes;
 use protobuf::Message as _;
 use raft::eraftpb::{self, ConfChangeV2, EntryType};
@@ -47,6 +47,26 @@ pub(crate) fn to_raft(entry: Entry) -> eraftpb::Entry {
         }
     }
     out
+}
+
+/// For a peer: the form that travels.
+///
+/// # Panics
+/// As [`to_raft`]'s: the entry was made by this process.
+#[must_use]
+pub fn entry_to_log(entry: eraftpb::Entry) -> Entry {
+    to_log(entry)
+}
+
+/// For raft-rs, from a peer.
+///
+/// # Errors
+/// A conf change that cannot be read.
+pub fn entry_from_log(entry: Entry) -> Result<eraftpb::Entry, ChangeError> {
+    if entry.kind == EntryKind::ConfChange {
+        decode_change(&entry.context)?;
+    }
+    Ok(to_raft(entry))
 }
 
 /// The change a conf change entry of raft-rs holds.

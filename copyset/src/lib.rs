@@ -28,6 +28,7 @@ pub use change::{ChangeError, decode_change, encode_change};
 pub use conf::{ConfError, ConfState};
 pub use config::Config;
 pub use effect::{Committed, Effect};
+pub use entry::{entry_from_log, entry_to_log};
 pub use group::{Copyset, ProposeError, Role};
 pub use peer::{PeerId, PeerIdError};
 pub use raft;

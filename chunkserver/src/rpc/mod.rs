@@ -8,6 +8,6 @@ pub mod http;
 pub mod outbox;
 pub mod payload;
 
-pub use connection::{Call, CloseReason, Connection, Incoming, MethodId, Options, Out, Progress, Reject, Route};
+pub use connection::{Call, CloseReason, Connection, Greeting, Incoming, MethodId, Options, Out, Progress, Reject, Route};
 pub use http::{HttpReply, HttpRequest};
 pub use payload::Attachment;

@@ -73,6 +73,7 @@ impl Io for NullIo {
                 wire.sends += 1;
                 Done::Send(Ok(()))
             }
+            Op::Connect { .. } => Done::Connect(Err(Errno(libc::ECONNREFUSED))),
             Op::Close { .. } => Done::Close,
             Op::Wake { .. } => return,
         };
