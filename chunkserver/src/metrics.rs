@@ -248,6 +248,12 @@ counters! {
     PeerMailIn = "peer_mail_in_num",
     /// Messages of peers that were dropped: bad checksums, not understood, another shard's.
     PeerBad = "peer_mail_bad_num",
+    /// Messages of other replicas that were refused: of another copyset or replica, malformed, or with a wrong checksum.
+    PeerRefused = "peer_refused_num",
+    /// Appends of other replicas that had to wait for memory or log space.
+    PeerHeld = "peer_append_held_num",
+    /// Appends of other replicas cut short because no slot was free.
+    PeerNoSpace = "peer_append_nospace_num",
 }
 
 /// RPC methods measured; the service's table must not be longer.

@@ -192,12 +192,12 @@ impl Store {
         }
     }
 
-    /// Leadership of `copyset` is lost: nothing admitted so far counts.
+    /// Nothing admitted so far of `copyset` counts: what its log still holds is admitted anew with [`Store::follow`].
     pub fn reset_proposed(&mut self, copyset: CopysetId) {
         self.admission.reset(copyset, &mut self.slots);
     }
 
-    fn applied_view(&self, copyset: CopysetId, chunk: u64) -> ChunkView {
+    pub(super) fn applied_view(&self, copyset: CopysetId, chunk: u64) -> ChunkView {
         self.find(copyset, chunk).map_or_else(ChunkView::default, |(_, c)| ChunkView {
             exists: true,
             sn: c.meta.sn,

@@ -57,7 +57,8 @@ impl Shard {
         }
         let broken = self.broken.iter().position(|&b| b == id);
         match self.groups.remove(&id) {
-            Some(group) => {
+            Some(mut group) => {
+                self.unfollow(&mut group);
                 // What was proposed and not yet applied will never be answered otherwise.
                 let cookies: Vec<u64> = group.raft.waiting_cookies().collect();
                 for cookie in cookies.into_iter().chain(group.queue.iter().filter_map(|c| c.cookie)) {

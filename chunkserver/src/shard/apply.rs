@@ -49,6 +49,7 @@ impl Shard {
                 worked = true;
                 group.raft.applied(group.applied);
                 self.log.borrow_mut().evict(id, group.applied);
+                self.tail_applied(id);
                 self.mark_dirty(id);
             }
         }

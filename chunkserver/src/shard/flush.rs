@@ -75,7 +75,7 @@ impl Shard {
     fn round_due(&mut self) -> bool {
         let dirty = self.store.pinned_bytes() as usize;
         let log = self.log.borrow();
-        if log.used_bytes() * 2 >= log.capacity_bytes() || !self.deferred.is_empty() {
+        if log.used_bytes() * 2 >= log.capacity_bytes() || self.writes_wait() {
             return true;
         }
         let Some(oldest) = self.store.oldest_dirty_ns() else {
@@ -165,7 +165,7 @@ impl Shard {
     /// Rule 8: copysets that say nothing new must not pin the oldest segment when space is short.
     fn release_oldest(&self, written: &mut Checkpoints) {
         let mut log = self.log.borrow_mut();
-        if log.used_bytes() * 2 < log.capacity_bytes() && self.deferred.is_empty() {
+        if log.used_bytes() * 2 < log.capacity_bytes() && !self.writes_wait() {
             return;
         }
         for id in log.pinning() {

@@ -9,6 +9,9 @@ mod apply;
 mod boot;
 pub mod entry;
 mod flush;
+mod follow;
+pub mod mail;
+mod peers;
 mod propose;
 mod read;
 pub mod request;
@@ -77,6 +80,8 @@ pub struct Effects {
     pub ops: Vec<(u64, Op)>,
     /// Answers.
     pub replies: Vec<Reply>,
+    /// To other replicas, in order per peer.
+    pub mail: Vec<mail::PeerMail>,
 }
 
 /// Why a shard ended.
@@ -116,6 +121,7 @@ struct Group {
     dirty: bool,
     unpersisted: bool,
     applying: bool,
+    follow: follow::Follow,
     /// An entry of the log is lost to rot and there is no peer to fetch it from.
     damaged: bool,
 }
@@ -173,6 +179,7 @@ pub struct Shard {
     /// Log space of proposals that raft has not handed to the log yet.
     proposed_cost: u64,
     admin: Vec<admin::Pending>,
+    peers: peers::Peers,
     flush: flush::Flush,
     state: State,
     extents: Arc<ExtentPool>,
@@ -265,7 +272,7 @@ impl Shard {
             self.work(out);
             self.flush_step(out);
             // A round that ended may have made the room that the first deferred write waits for.
-            if !self.may_admit() {
+            if !self.may_admit() && !self.may_take() {
                 break;
             }
         }
@@ -284,6 +291,7 @@ impl Shard {
 
     fn work(&mut self, out: &mut Effects) {
         loop {
+            self.retry_held();
             self.admit_deferred(out);
             self.admin_step(out);
             let worked = self.raft_ready(out) | self.apply_ready(out);
@@ -418,27 +426,9 @@ impl Shard {
         }
     }
 
-    /// Raft time. Sole voters need none.
-    fn tick(&mut self) {
-        if self.now < self.next_tick {
-            return;
-        }
-        let several: Vec<CopysetId> =
-            self.groups.iter().filter(|(_, g)| g.raft.needs_ticks()).map(|(&id, _)| id).collect();
-        self.next_tick =
-            if several.is_empty() { Instant::FAR } else { self.now.after_ms(self.config.election_ms / 10) };
-        for id in several {
-            if let Some(group) = self.groups.get_mut(&id) {
-                group.raft.tick();
-            }
-            self.mark_dirty(id);
-        }
-    }
-
     /// Collect what raft wants done; true if there was anything.
     fn raft_ready(&mut self, out: &mut Effects) -> bool {
         let dirty = std::mem::take(&mut self.dirty);
-        self.proposed_cost = 0;
         let worked = !dirty.is_empty();
         for id in dirty {
             let Some(group) = self.groups.get_mut(&id) else { continue };
@@ -452,7 +442,9 @@ impl Shard {
                 self.raft_effect(id, effect, out);
             }
             self.effects = effects;
+            self.after_ready(id);
         }
+        self.all_ready();
         worked
     }
 
@@ -466,9 +458,13 @@ impl Shard {
                 }
             }
             Effect::Dropped { cookie, may_commit } => self.dropped(id, cookie, may_commit, out),
-            Effect::LeaderChanged { ready: false, .. } => self.store.reset_proposed(id),
-            // Peers are a later step; a sole voter has nobody to send to.
-            Effect::LeaderChanged { .. } | Effect::Send(_) => {}
+            Effect::Send(message) => {
+                let (from, to) = (message.from, message.to);
+                out.mail.push(mail::PeerMail { copyset: id, from, to, body: mail::PeerBody::Raft(message) });
+            }
+            Effect::LeaderChanged { leader, term, ready } => {
+                tracing::debug!(copyset = ?id, leader, term, ready, "leader changed");
+            }
         }
     }
 
