@@ -238,8 +238,8 @@ counters! {
     PeerLinks = "peer_link_count",
     /// Attempts to connect to a peer.
     PeerDials = "peer_dial_num",
-    /// Handshakes that failed, on either side.
-    PeerRefused = "peer_refused_num",
+    /// Handshakes with peers that failed, on either side.
+    PeerHandshakesFailed = "peer_handshake_failed_num",
     /// Messages for peers.
     PeerMailOut = "peer_mail_out_num",
     /// Of these, thrown away: no connection, or its queue was full.

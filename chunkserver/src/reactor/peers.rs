@@ -69,7 +69,7 @@ impl<I: Io> Reactor<I> {
             self.peers.nudge(self.io.now(), hello.from);
         } else {
             tracing::warn!(peer = %copyset::PeerId(hello.from), %status, "a peer's greeting is refused");
-            self.context.metrics().add(Counter::PeerRefused, 1);
+            self.context.metrics().add(Counter::PeerHandshakesFailed, 1);
         }
         Session::Peer(Box::new(Inbound::new(&self.identity(), hello, correlation_id, status)))
     }
@@ -141,10 +141,7 @@ impl<I: Io> Reactor<I> {
                         self.touch(index);
                     }
                 }
-                PeerEvent::Up(peer) => {
-                    self.again = true;
-                    self.shard.peer_up(peer);
-                }
+                PeerEvent::Up(peer) => tracing::info!(peer = %copyset::PeerId(peer), "a peer is connected"),
                 PeerEvent::Lost { peer, copyset } => {
                     self.again = true;
                     self.shard.peer_lost(peer, copyset);
@@ -164,7 +161,7 @@ impl<I: Io> Reactor<I> {
             metrics.add(Counter::PeerMailOut, counts.mail - self.peer_counts.mail);
             metrics.add(Counter::PeerMailLost, counts.lost - self.peer_counts.lost);
             metrics.add(Counter::PeerDials, counts.dials - self.peer_counts.dials);
-            metrics.add(Counter::PeerRefused, counts.refused - self.peer_counts.refused);
+            metrics.add(Counter::PeerHandshakesFailed, counts.refused - self.peer_counts.refused);
             self.peer_counts = counts;
         }
     }

@@ -298,11 +298,7 @@ impl BatchWriter {
 
     /// Append a message.
     pub fn push(&mut self, message: Message) {
-        if self.count == 0 {
-            self.body.put_u16_le(VERSION);
-            self.body.put_u16_le(0);
-            self.body.put_u32_le(0);
-        }
+        self.begin();
         self.count += 1;
         match message.body {
             Body::Bulk { head, payload, .. } => {
@@ -313,6 +309,14 @@ impl BatchWriter {
                 self.payload(payload);
             }
             Body::Raft(raft) => self.raft(message.copyset, raft),
+        }
+    }
+
+    fn begin(&mut self) {
+        if self.body.is_empty() {
+            self.body.put_u16_le(VERSION);
+            self.body.put_u16_le(0);
+            self.body.put_u32_le(0);
         }
     }
 
@@ -356,6 +360,7 @@ impl BatchWriter {
 
     /// The frame up to its attachment, appended to `out`, and the attachment's parts. The writer is empty again.
     pub fn finish(&mut self, out: &mut BytesMut, correlation_id: i64) -> Vec<Bytes> {
+        self.begin();
         if let Some(place) = self.body.get_mut(4..BATCH_HEAD) {
             place.copy_from_slice(&self.count.to_le_bytes());
         }
