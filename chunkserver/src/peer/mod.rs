@@ -16,3 +16,6 @@ pub mod peers;
 pub use inbound::{Identity, Inbound, Progress, judge};
 pub use link::{Link, LinkEnd};
 pub use peers::{Address, PeerCounts, PeerEvent, PeerState, Peers};
+
+#[cfg(test)]
+mod tests;

@@ -15,6 +15,7 @@ mod disks;
 mod frames;
 mod harness;
 mod nbd;
+mod peers;
 mod pages;
 mod replay;
 mod rot;

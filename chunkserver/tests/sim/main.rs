@@ -11,6 +11,7 @@ mod history;
 mod nemesis;
 mod net;
 mod node;
+mod peers;
 mod rng;
 mod run;
 mod scenario;

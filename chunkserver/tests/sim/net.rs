@@ -399,6 +399,12 @@ impl Net {
         self.conns.iter().filter_map(of).collect()
     }
 
+    /// Connections between nodes, oldest first.
+    pub(crate) fn between_nodes(&self) -> Vec<ConnId> {
+        let nodes = |ends: &[End; 2]| ends.iter().all(|end| end.open && matches!(end.owner, Owner::Node(_)));
+        self.conns.iter().filter(|(_, (_, ends))| nodes(ends)).map(|(conn, _)| *conn).collect()
+    }
+
     /// The network breaks a connection: both ends see a reset.
     pub(crate) fn cut(&mut self, now: u64, rng: &mut Rng, conn: ConnId) {
         let due = now + self.latency(rng);
