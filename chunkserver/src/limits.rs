@@ -72,6 +72,20 @@ pub const LOG_BYTES: usize = 512 * MIB;
 /// Size of a log segment; one of them is kept for HardState, Checkpoint and Purge (rule 9).
 pub const LOG_SEGMENT_BYTES: usize = 32 * MIB;
 
+/// What clients leave of a payload arena of this size to peers: two nodes full of clients' writes must not wait for each
+/// other's appends (rule 14).
+#[must_use]
+pub const fn peer_reserve(arena: usize) -> usize {
+    let share = arena / 8;
+    if share < 2 * CHUNK_BYTES_MAX { share } else { 2 * CHUNK_BYTES_MAX }
+}
+
+/// Whether a client's payload of `len` bytes may come in: it leaves the peers' share, or nobody else uses the arena.
+#[must_use]
+pub const fn client_may_take(arena_free: usize, arena: usize, len: usize) -> bool {
+    arena_free == arena || arena_free >= len + peer_reserve(arena)
+}
+
 const _: () = assert!(CHUNK_BYTES_MAX.is_multiple_of(BLOCK));
 const _: () = assert!(CHUNK_BYTES_MAX < FRAME_BYTES_MAX, "a whole chunk fits into a frame");
 const _: () = assert!(CHUNK_BYTES_MAX <= CONNECTION_BYTES_MAX, "a whole chunk fits into a connection's budget");
@@ -85,7 +99,7 @@ const _: () = assert!(CONNECTION_REQUESTS_MAX > INFLIGHT_REQUESTS_MAX, "OVERLOAD
 const _: () = assert!(CONNECTION_REQUESTS_MAX * REQUEST_OVERHEAD_BYTES < CONNECTION_BYTES_MAX);
 const _: () = assert!(DIRECT_RECV_BYTES_MIN.is_multiple_of(BLOCK) && DIRECT_RECV_BYTES_MIN <= CHUNK_BYTES_MAX);
 const _: () = assert!(
-    DIRTY_BYTES_MAX + PROPOSED_BYTES_MAX + CONNECTION_BYTES_MAX <= ARENA_BYTES,
+    DIRTY_BYTES_MAX + PROPOSED_BYTES_MAX + CONNECTION_BYTES_MAX + peer_reserve(ARENA_BYTES) <= ARENA_BYTES,
     "what waits for write-back, what is proposed and what is being received fit together, so each can make progress"
 );
 const _: () = assert!(

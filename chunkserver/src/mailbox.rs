@@ -183,10 +183,12 @@ impl Mailbox {
     /// Is something waiting to be received?
     #[must_use]
     pub fn has_mail(&self) -> bool {
-        self.peers
-            .iter()
-            .flatten()
-            .any(|p| !(p.replies_in.is_empty() && p.requests_in.is_empty() && p.connections_in.is_empty() && p.peers_in.is_empty()))
+        self.peers.iter().flatten().any(|p| {
+            !(p.replies_in.is_empty()
+                && p.requests_in.is_empty()
+                && p.connections_in.is_empty()
+                && p.peers_in.is_empty())
+        })
     }
 
     /// Who was sent something since the last call and must be woken.

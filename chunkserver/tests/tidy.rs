@@ -30,7 +30,7 @@ const ROOMS: &[(&str, &[&str])] = &[
     ("service", &["io", "limits", "metrics", "rpc", "shard::request"]),
     ("volume", &["io", "shard::request"]),
     ("volume::catalog", &["volume"]),
-    ("nbd", &["io", "shard::request", "volume", "volume::catalog"]),
+    ("nbd", &["io", "limits", "shard::request", "volume", "volume::catalog"]),
     ("control::shards", &["chunk", "io::uring", "shard::request"]), // the wire between control thread and shards
     ("reactor", &["chunk", "control::shards", "io", "limits", "mailbox", "metrics", "nbd", "peer", "rpc", "service", "shard",
         "shard::mail", "shard::request", "volume", "volume::catalog"]),

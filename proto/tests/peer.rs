@@ -88,13 +88,24 @@ fn entry() -> impl Strategy<Value = Entry> {
 
 fn message() -> impl Strategy<Value = Message> {
     let snapshot = proptest::option::of((any::<[u64; 2]>(), bytes(50)));
-    let snapshot =
-        snapshot.prop_map(|s| s.map(|([index, term], data)| Snapshot { index, term, data }));
+    let snapshot = snapshot.prop_map(|s| s.map(|([index, term], data)| Snapshot { index, term, data }));
     let parts = (any::<[u64; 6]>(), any::<bool>(), bytes(30), snapshot, proptest::collection::vec(entry(), 0..4));
     let raft = (0..Kind::ALL.len(), parts).prop_map(|(kind, (numbers, reject, context, snapshot, entries))| {
         let [term, log_term, index, commit, commit_term, reject_hint] = numbers;
         let kind = Kind::ALL[kind];
-        Body::Raft(Raft { kind, term, log_term, index, commit, commit_term, reject, reject_hint, context, snapshot, entries })
+        Body::Raft(Raft {
+            kind,
+            term,
+            log_term,
+            index,
+            commit,
+            commit_term,
+            reject,
+            reject_hint,
+            context,
+            snapshot,
+            entries,
+        })
     });
     let bulk = (bytes(100), 0usize..3, any::<u8>()).prop_map(|(head, blocks, byte)| {
         let payload = payload(blocks, byte);

@@ -161,7 +161,7 @@ mod tests {
     }
 
     fn entries(first: u64) -> impl Strategy<Value = Vec<eraftpb::Entry>> {
-        let one = (0usize..3, proptest::collection::vec(any::<u8>(), 1..60), any::<bool>(), any::<u64>());
+        let one = (0usize..3, proptest::collection::vec(any::<u8>(), 1..60), any::<bool>(), 1u64..);
         proptest::collection::vec(one, 0..6).prop_map(move |all| {
             let make = |(at, (blocks, mut header, change, node)): (usize, (usize, Vec<u8>, bool, u64))| {
                 let index = first.saturating_add(at as u64);

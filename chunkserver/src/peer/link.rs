@@ -187,7 +187,9 @@ impl Link {
                 return false;
             }
         }
-        if self.batch.payload_bytes() >= PEER_FRAME_BYTES || self.batch.head_bytes() >= PEER_FRAME_HEAD_BYTES {
+        let full = self.batch.payload_bytes() >= PEER_FRAME_BYTES || self.batch.head_bytes() >= PEER_FRAME_HEAD_BYTES;
+        // Before the welcome nothing may follow the greeting into the outbox.
+        if full && self.is_up() {
             self.close_batch();
         }
         true
@@ -382,12 +384,9 @@ impl Link {
     }
 
     /// The peer is alive: it has just called us. Do not wait for the end of a pause.
-    pub fn nudge(&mut self, now: Instant) {
-        if let State::Pause(until) = &mut self.state
-            && !self.end.is_some_and(LinkEnd::is_refusal)
-        {
-            *until = now.min(*until);
-            self.failures = 0;
+    pub fn nudge(&mut self) {
+        if matches!(self.state, State::Pause(_)) && !self.end.is_some_and(LinkEnd::is_refusal) {
+            (self.state, self.failures) = (State::Idle, 0);
         }
     }
 

@@ -8,8 +8,9 @@ use crate::chunk::shard_of;
 use crate::io::Instant;
 use crate::limits::PEERS_MAX;
 use crate::rpc::outbox::SendBufs;
-use crate::shard::mail::PeerMail;
+use crate::shard::mail::{PeerBody, PeerMail};
 use copyset::PeerId;
+use copyset::raft::eraftpb::MessageType;
 use proto::peer::{Hello, Lane, Welcome};
 use raftlog::CopysetId;
 use slab::Slab;
@@ -77,6 +78,18 @@ pub struct PeerState {
     pub rtt_ns: u64,
 }
 
+/// Answers to appends go with the heartbeats: behind payloads that wait for memory they would keep the very entries from
+/// committing whose memory is waited for, on both sides.
+fn lane_of(mail: &PeerMail) -> Lane {
+    match &mail.body {
+        PeerBody::Raft(message) => match message.get_msg_type() {
+            MessageType::MsgAppend | MessageType::MsgSnapshot => Lane::Data,
+            _ => Lane::Control,
+        },
+        PeerBody::Bulk { .. } => Lane::Data,
+    }
+}
+
 #[derive(Debug)]
 struct Peer {
     shards: u16,
@@ -123,7 +136,7 @@ impl Peers {
 
     /// All peers there are.
     pub fn states(&self) -> impl Iterator<Item = PeerState> {
-        self.peers.iter().map(|(&peer, of)| {
+        self.peers.iter().map(move |(&peer, of)| {
             let links = || of.links.values().flatten().filter_map(|&key| Some(&self.slots.get(key)?.link));
             PeerState {
                 peer,
@@ -150,8 +163,7 @@ impl Peers {
 
     /// Take mail; it leaves at the end of the turn, or is lost.
     pub fn mail(&mut self, now: Instant, mail: PeerMail, out: &mut VecDeque<PeerEvent>) {
-        let (peer, copyset, urgent) = (mail.to, mail.copyset, mail.urgent());
-        let lane = if urgent { Lane::Control } else { Lane::Data };
+        let (peer, copyset, lane) = (mail.to, mail.copyset, lane_of(&mail));
         let key = if mail.from == self.me.peer { self.link_for(now, peer, copyset, lane) } else { None };
         self.counts.mail += 1;
         if let Some(slot) = key.and_then(|key| self.slots.get_mut(key))
@@ -167,7 +179,7 @@ impl Peers {
             self.deadline = self.deadline.min(slot.link.deadline());
         }
         self.counts.lost += 1;
-        if !urgent {
+        if lane == Lane::Data {
             out.push_back(PeerEvent::Lost { peer, copyset: Some(copyset) });
         }
     }
@@ -281,7 +293,7 @@ impl Peers {
             Ok(None) => {}
             Err(end) => {
                 self.counts.refused += 1;
-                tracing::warn!(peer = %PeerId(peer), %end, "a peer");
+                tracing::warn!(peer = %PeerId(peer), %end, "a connection to a peer is given up");
             }
         }
     }
@@ -346,7 +358,7 @@ impl Peers {
     /// The peer has just called us, so it can be called.
     pub fn nudge(&mut self, now: Instant, peer: u64) {
         for (_, slot) in self.slots.iter_mut().filter(|(_, slot)| slot.link.peer() == peer) {
-            slot.link.nudge(now);
+            slot.link.nudge();
         }
         self.deadline = self.deadline.min(now);
     }

@@ -49,6 +49,10 @@ fn append(copyset: u64, index: u64, blocks: &[usize]) -> PeerMail {
     mail(copyset, message)
 }
 
+fn is_append(mail: &PeerMail) -> bool {
+    matches!(&mail.body, PeerBody::Raft(message) if message.get_msg_type() == MessageType::MsgAppend)
+}
+
 fn heartbeat(copyset: u64, number: u64) -> PeerMail {
     mail(copyset, message(MessageType::MsgHeartbeat, 1, 2, number))
 }
@@ -255,7 +259,11 @@ fn mail_arrives_whole_and_in_order_whatever_the_split() {
                 1 => append(number, number, &blocks),
                 _ => mail(number, message(MessageType::MsgAppendResponse, 1, 2, number)),
             };
-            if next.urgent() { control.push(next.clone()) } else { data.push(next.clone()) }
+            if is_append(&next) {
+                data.push(next.clone());
+            } else {
+                control.push(next.clone());
+            }
             if world.below(3) == 0 {
                 world.send(next);
             } else {
@@ -263,10 +271,10 @@ fn mail_arrives_whole_and_in_order_whatever_the_split() {
             }
         }
         world.settle();
-        let (urgent, other): (Vec<_>, Vec<_>) = world.received.into_iter().partition(PeerMail::urgent);
-        assert_eq!((show(&urgent), show(&other)), (show(&control), show(&data)), "seed {seed}");
+        let (appends, other): (Vec<_>, Vec<_>) = world.received.into_iter().partition(is_append);
+        assert_eq!((show(&appends), show(&other)), (show(&data), show(&control)), "seed {seed}");
         assert_eq!((world.lost.len(), world.dials.len(), world.inbound_bad), (0, 2, (0, 0)));
-        drop(other);
+        drop(appends);
         assert_eq!(world.arena.free_bytes(), 8 << 20, "payloads came in pool memory and went back");
     }
 }
@@ -300,13 +308,14 @@ fn a_peer_that_does_not_drain_is_bounded_and_heartbeats_go_on() {
     let pending: usize = world.peers.take_send(0, 1000).iter().map(Bytes::len).sum();
     assert!((PEER_DATA_BYTES_MAX / 2..=PEER_DATA_BYTES_MAX + 4096).contains(&pending), "{pending} bytes");
     world.settle();
-    assert_eq!((world.lost.len(), world.lost[0]), (24, Some(7)), "raft is told what was lost");
+    let lost = world.lost.len();
+    assert!((24..=26).contains(&lost) && world.lost.iter().all(|one| *one == Some(7)), "raft is told what was lost");
     for number in 0..100_000 {
         world.peers.mail(world.now, heartbeat(number, number), &mut world.events);
     }
     let pending: usize = world.peers.take_send(1, 10_000).iter().map(Bytes::len).sum();
     assert!((PEER_CONTROL_BYTES_MAX / 2..=PEER_CONTROL_BYTES_MAX + 4096).contains(&pending), "{pending} bytes");
-    assert_eq!(world.lost.len(), 24, "a lost heartbeat is nothing to tell");
+    assert_eq!(world.lost.len(), lost, "a lost heartbeat is nothing to tell");
 }
 
 #[test]
@@ -498,7 +507,7 @@ fn large_payloads_are_received_straight_into_place() {
     let mut inbound = inbound();
     let sent = [append(1, 1, &[64, 1, 128])];
     let stream = frames(sent.clone());
-    let (first, rest) = stream.split_at(1000);
+    let (first, rest) = stream.split_at(2000);
     let (mut input, mut out) = (first, Vec::new());
     assert_eq!(inbound.received(&mut input, &arena, &mut out), Ok(Progress::Consumed));
     let (mut buf, filled) = inbound.direct().expect("enough is missing");
@@ -514,16 +523,18 @@ fn large_payloads_are_received_straight_into_place() {
 #[test]
 fn what_makes_no_sense_ends_the_connection() {
     let arena = Arena::new(1 << 20).unwrap();
-    let mut batch = frames([append(1, 1, &[1])]);
-    let size = batch.len();
-    batch[size - 4096 - 20] ^= 0xff;
-    let mut ping = BytesMut::new();
-    put_response_bytes(&mut ping, 1, b"");
-    let mut write = BytesMut::new();
-    let head =
-        proto::frame::RequestHead { service: "ChunkService", method: "WriteChunk", log_id: None, correlation_id: 1 };
-    proto::frame::put_request_bytes(&mut write, &head, b"", 0);
-    for bytes in [&b"GET / HTTP/1.1\r\n\r\n"[..], b"junk", &ping, &write] {
+    let request = |service, method, body: &[u8]| {
+        let mut out = BytesMut::new();
+        let head = proto::frame::RequestHead { service, method, log_id: None, correlation_id: 1 };
+        proto::frame::put_request_bytes(&mut out, &head, body, 0);
+        out
+    };
+    let mut answer = BytesMut::new();
+    put_response_bytes(&mut answer, 1, b"");
+    let other = request("ChunkService", "WriteChunk", b"");
+    let version = request(proto::peer::SERVICE, proto::peer::BATCH, &[2, 0, 0, 0, 0, 0, 0, 0]);
+    let again = request(proto::peer::SERVICE, proto::peer::HELLO, b"");
+    for bytes in [&b"GET / HTTP/1.1\r\n\r\n"[..], b"junk", &answer, &other, &version, &again] {
         let (mut input, mut out) = (bytes, Vec::new());
         assert!(inbound().received(&mut input, &arena, &mut out).is_err() && out.is_empty(), "{bytes:?}");
     }

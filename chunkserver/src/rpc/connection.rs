@@ -14,6 +14,7 @@ use super::payload::{Attachment, Fill};
 use crate::io::buffer::{Arena, PoolBuf};
 use crate::limits::{
     BLOCK, CONNECTION_BYTES_MAX, CONNECTION_REQUESTS_MAX, IGNORED_ATTACHMENT_BYTES_MAX, REQUEST_OVERHEAD_BYTES,
+    client_may_take,
 };
 use bytes::Bytes;
 use proto::code;
@@ -313,7 +314,8 @@ impl Connection {
     }
 
     fn buffer(&mut self, waiting: Waiting, arena: &Arc<Arena>) -> Option<Progress> {
-        let Some(buf) = arena.alloc(waiting.len) else {
+        let room = client_may_take(arena.free_bytes(), arena.size(), waiting.len);
+        let Some(buf) = room.then(|| arena.alloc(waiting.len)).flatten() else {
             self.state = State::Buffer(waiting);
             return Some(Progress::NoBuffer);
         };

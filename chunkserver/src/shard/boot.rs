@@ -252,9 +252,7 @@ impl Shard {
             return;
         }
         let groups = &self.groups;
-        let open = |id: &CopysetId, last: u64| {
-            groups.get(id).is_some_and(|g| !g.damaged && g.applied < last)
-        };
+        let open = |id: &CopysetId, last: u64| groups.get(id).is_some_and(|g| !g.damaged && g.applied < last);
         self.replaying.retain(|(id, last)| open(id, *last));
         if self.replaying.is_empty() {
             self.replay_over = true;

@@ -17,9 +17,9 @@ pub const WELCOME_LEN: usize = 48;
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 #[repr(u8)]
 pub enum Lane {
-    /// Appends, their answers, bulk data.
+    /// Appends, snapshots, bulk data.
     Data = 0,
-    /// Votes, heartbeats, lease rounds: never behind data.
+    /// Votes, heartbeats, lease rounds, answers to appends: never behind data.
     Control = 1,
 }
 
