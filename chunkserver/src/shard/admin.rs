@@ -33,6 +33,7 @@ impl Shard {
                 let all = self.groups.keys().chain(&self.broken).filter_map(|&id| self.copyset_status(id)).collect();
                 answer(out, origin, ReplyData::Copysets(all));
             }
+            AdminOp::Members(_) | AdminOp::Checkpoint | AdminOp::CheckpointAll => reply(out, origin, Outcome::Failed),
             AdminOp::ShardStatus => answer(out, origin, ReplyData::Shard(Box::new(self.status()))),
         }
     }
