@@ -27,6 +27,8 @@ struct Fetching {
 pub(super) struct CatchUp {
     fetching: BTreeMap<CopysetId, Fetching>,
     bytes: usize,
+    /// Ranges whose messages the next `ready` makes.
+    lent: Vec<(CopysetId, u64, u64)>,
 }
 
 impl Shard {
@@ -106,10 +108,15 @@ impl Shard {
         self.catch_up.bytes -= fetching.bytes;
         if let Some(group) = self.groups.get_mut(&id) {
             group.raft.fetched(fetching.low, !fetching.failed);
-            // The messages hold what they need of it.
-            let applied = group.applied;
-            self.log.borrow_mut().take_back(id, fetching.low, fetching.high.min(applied + 1));
+            self.catch_up.lent.push((id, fetching.low, fetching.high.min(group.applied + 1)));
             self.mark_dirty(id);
+        }
+    }
+
+    /// Raft's messages are made, and hold what they need.
+    pub(super) fn end_catch_up(&mut self, id: CopysetId) {
+        for (_, low, high) in self.catch_up.lent.extract_if(.., |lent| lent.0 == id) {
+            self.log.borrow_mut().take_back(id, low, high);
         }
     }
 

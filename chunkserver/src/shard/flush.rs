@@ -52,6 +52,9 @@ impl Shard {
 
     /// Move the round on as far as it goes.
     pub(super) fn flush_step(&mut self, out: &mut Effects) {
+        if self.checkpoints_wanted() && matches!(self.flush.phase, Phase::Idle) {
+            self.checkpoints_durable(out); // an earlier round may have made them
+        }
         loop {
             let moved = match &self.flush.phase {
                 Phase::Idle => self.round_start(),
@@ -63,7 +66,7 @@ impl Shard {
                     durable
                 }
                 Phase::Device => self.round_io(out),
-                Phase::Checkpoints(_) => self.round_end(),
+                Phase::Checkpoints(_) => self.round_end(out),
             };
             if !moved {
                 return;
@@ -75,7 +78,7 @@ impl Shard {
     fn round_due(&mut self) -> bool {
         let dirty = self.store.pinned_bytes() as usize;
         let log = self.log.borrow();
-        if log.used_bytes() * 2 >= log.capacity_bytes() || self.writes_wait() {
+        if log.used_bytes() * 2 >= log.capacity_bytes() || self.writes_wait() || self.checkpoints_wanted() {
             return true;
         }
         let Some(oldest) = self.store.oldest_dirty_ns() else {
@@ -140,6 +143,7 @@ impl Shard {
         let mut written = Checkpoints::new();
         for (id, index) in done {
             let known = self.log.borrow().index(id).map(|i| i.checkpoint().applied_index);
+            let index = self.checkpoint_index(id, index);
             let newer = known.is_some_and(|known| index > known);
             // The copyset looks into the log itself: no borrow of it may be held.
             if let Some(group) = self.groups.get(&id).filter(|_| newer) {
@@ -175,7 +179,7 @@ impl Shard {
         }
     }
 
-    fn round_end(&mut self) -> bool {
+    fn round_end(&mut self, out: &mut Effects) -> bool {
         let Phase::Checkpoints(written) = &mut self.flush.phase else { return false };
         let mut log = self.log.borrow_mut();
         if written.iter().any(|w| w.0 > log.durable_seq()) {
@@ -186,8 +190,27 @@ impl Shard {
             self.store.checkpoint_durable(id, index);
         }
         log.free_segments();
+        drop(log);
         self.flush.phase = Phase::Idle;
+        self.checkpoints_durable(out);
         true
+    }
+
+    /// How far a copyset's log may be forgotten when all up to `done` is on the slots. While there is room, entries are
+    /// kept for replicas that lag: to send them is cheaper than to send chunks.
+    fn checkpoint_index(&self, id: CopysetId, done: u64) -> u64 {
+        let several = self.groups.get(&id).is_some_and(|group| group.raft.needs_ticks());
+        if !several || self.members.wants_checkpoint(id) || self.is_short() {
+            return done;
+        }
+        0
+    }
+
+    /// Log space, or slots that only a checkpoint sets free, are scarce.
+    fn is_short(&self) -> bool {
+        let log = self.log.borrow();
+        let slots = self.store.spare_slots() == 0 && self.extents.free_slots() == 0;
+        log.used_bytes() * 2 >= log.capacity_bytes() || self.writes_wait() || slots
     }
 }
 

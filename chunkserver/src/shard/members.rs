@@ -7,9 +7,6 @@ use copyset::{ChangeFailed, ChangeRefused, Changed, Started};
 use raftlog::CopysetId;
 use slab::Slab;
 
-/// Most voters of a copyset.
-pub(super) const VOTERS_MAX: usize = 31;
-
 /// What is asked of copysets and not answered yet.
 #[derive(Debug, Default)]
 pub(super) struct Members {
@@ -51,15 +48,16 @@ impl Shard {
         let entry = self.members.changes.vacant_entry();
         let cookie = entry.key() as u64;
         let before = group.raft.conf().voters.clone();
+        let transfer = matches!(op, MemberOp::Transfer(_));
         let started = match op {
             MemberOp::Add(peer) => group.raft.add_peer(now, cookie, peer),
             MemberOp::Remove(peer) => group.raft.remove_peer(now, cookie, peer),
-            MemberOp::Set(peers) if peers.is_empty() || peers.len() > VOTERS_MAX => Err(ChangeRefused::Invalid),
             MemberOp::Set(peers) => group.raft.change_peers(now, cookie, &peers),
-            MemberOp::Transfer(to) => group.raft.transfer_leader(now, to).map(|_| Started::Already),
+            MemberOp::Transfer(to) => group.raft.transfer_leader(now, to),
         };
         match started {
-            Ok(Started::Yes) => drop(entry.insert((id, origin))),
+            Ok(Started::Begun) if transfer => reply(out, origin, Outcome::Success),
+            Ok(Started::Begun) => drop(entry.insert((id, origin))),
             Ok(Started::Already) => {
                 let data = ReplyData::Members { old: before.clone(), new: before };
                 out.replies.push(Reply { origin, outcome: Outcome::Success, applied_index: 0, data });
@@ -81,6 +79,7 @@ impl Shard {
             }
             Err(ChangeFailed::CatchUp { .. }) => reply(out, origin, Outcome::CatchUp),
             Err(ChangeFailed::LeaderLost) => self.redirect(id, origin, out),
+            Err(ChangeFailed::Refused) => reply(out, origin, Outcome::Failed),
         }
     }
 

@@ -25,7 +25,7 @@ pub(super) struct Peers {
     /// Payloads in memory of entries that are logged and not applied, of copysets led elsewhere.
     pub(super) tail_bytes: usize,
     /// Of appends that raft was given and the log not yet.
-    stepped_bytes: usize,
+    pub(super) stepped_bytes: usize,
     /// Copysets with appends that wait for room, each with its messages in order.
     held: Vec<(CopysetId, VecDeque<Message>)>,
 }
@@ -51,7 +51,10 @@ impl Shard {
 
     /// The transport threw mail to this peer away: of one copyset, or of all, when the connection is gone.
     pub fn peer_lost(&mut self, peer: u64, copyset: Option<CopysetId>) {
-        tracing::debug!(shard = self.config.shard, peer, ?copyset, "a peer is out of reach");
+        match copyset {
+            Some(id) => self.groups.get_mut(&id).into_iter().for_each(|group| group.raft.unreachable(peer)),
+            None => self.groups.values_mut().for_each(|group| group.raft.unreachable(peer)),
+        }
     }
 
     /// This replica leads a copyset and may propose.
@@ -62,7 +65,7 @@ impl Shard {
 
     fn step(&mut self, id: CopysetId, message: Message) {
         let Some(group) = self.groups.get_mut(&id) else { return };
-        if let Err(error) = group.raft.step(message) {
+        if let Err(error) = group.raft.step(self.now.0, message) {
             tracing::debug!(copyset = ?id, %error, "a peer's message is refused");
             self.metrics.add(Counter::PeerRefused, 1);
         }
@@ -192,44 +195,6 @@ impl Shard {
         let ours = self.peers.tail_bytes + self.peers.stepped_bytes + bytes;
         let memory = ours == 0 || self.store.pinned_bytes() as usize + ours + len <= self.config.dirty_limit;
         memory && self.log.borrow().has_room(self.proposed_cost + cost, len)
-    }
-
-    /// A copyset's raft has said what it wants done.
-    pub(super) fn after_ready(&mut self, id: CopysetId) {
-        if self.replay_over {
-            self.follow_log(id);
-        }
-        let ticks = self.groups.get(&id).is_some_and(|group| group.raft.needs_ticks());
-        if ticks && self.next_tick > self.now.after_ms(self.tick_ms()) {
-            self.next_tick = self.now.after_ms(self.tick_ms());
-        }
-    }
-
-    /// All of raft's news of this turn is in the log.
-    pub(super) fn all_ready(&mut self) {
-        self.proposed_cost = 0;
-        self.peers.stepped_bytes = 0;
-    }
-
-    fn tick_ms(&self) -> u64 {
-        (self.config.election_ms / 10).max(1)
-    }
-
-    /// Raft time. Sole voters need none; a missed tick is dropped. A copyset that lost part of its log neither votes nor
-    /// asks for votes (rule 21).
-    pub(super) fn tick(&mut self) {
-        if self.now < self.next_tick {
-            return;
-        }
-        self.next_tick = crate::io::Instant::FAR;
-        let next = self.now.after_ms(self.tick_ms());
-        for (&id, group) in self.groups.iter_mut().filter(|(_, group)| group.raft.needs_ticks() && !group.damaged) {
-            self.next_tick = next;
-            group.raft.tick();
-            if group.raft.dirty() && !std::mem::replace(&mut group.dirty, true) {
-                self.dirty.push(id);
-            }
-        }
     }
 }
 
