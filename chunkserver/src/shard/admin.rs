@@ -67,6 +67,7 @@ impl Shard {
             Some(mut group) => {
                 self.unfollow(&mut group);
                 self.stop_catch_up(id);
+                self.stop_install(id);
                 for origin in self.members.give_up(Some(id)) {
                     reply(out, origin, Outcome::NoCopyset);
                 }

@@ -78,6 +78,8 @@ impl Shard {
             admin: Vec::new(),
             peers: super::peers::Peers::default(),
             catch_up: super::catchup::CatchUp::default(),
+            installs: super::install::Installs::default(),
+            supply: super::supply::Supply::default(),
             members: super::members::Members::default(),
             parked: Slab::new(),
             flush: flush::Flush::new(now),

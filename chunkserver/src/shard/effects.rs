@@ -28,7 +28,11 @@ impl Shard {
             Effect::ReadDropped { cookie } => self.read_dropped(cookie, out),
             Effect::ChangeDone { cookie, result } => self.change_done(cookie, result, out),
             Effect::Fetch { low, high } => self.fetch_for_peers(id, low, high),
-            Effect::SnapshotNeeded { .. } | Effect::SnapshotOffered { .. } | Effect::Installed { .. } => {}
+            Effect::SnapshotNeeded { peer, index, .. } => {
+                tracing::info!(copyset = ?id, peer, index, "a peer needs more than the log has: it is offered the chunks");
+            }
+            Effect::SnapshotOffered { from, index, .. } => self.offered(id, from, index),
+            Effect::Installed { index, .. } => self.installed(id, index),
         }
     }
 

@@ -7,11 +7,13 @@
 mod admin;
 mod apply;
 mod boot;
+mod bulk;
 mod catchup;
 mod effects;
 pub mod entry;
 mod flush;
 mod follow;
+mod install;
 mod lease;
 pub mod mail;
 mod members;
@@ -19,6 +21,7 @@ mod peers;
 mod propose;
 mod read;
 pub mod request;
+mod supply;
 #[cfg(test)]
 mod tests;
 
@@ -186,6 +189,8 @@ pub struct Shard {
     admin: Vec<admin::Pending>,
     peers: peers::Peers,
     catch_up: catchup::CatchUp,
+    installs: install::Installs,
+    supply: supply::Supply,
     members: members::Members,
     /// Reads that wait for a quorum's word that this replica still leads.
     parked: Slab<Request>,
@@ -301,8 +306,10 @@ impl Shard {
         }
         self.write_log(out);
         self.catch_up_step(out);
+        self.install_step(out);
         self.start_waiting_reads(out);
         self.replay_step();
+        self.supply_step(out);
         self.drain_step(out);
         self.publish();
     }
@@ -330,7 +337,7 @@ impl Shard {
                 } else {
                     Instant::FAR
                 };
-                self.flush_deadline().min(self.next_tick).min(self.seal_at).min(self.fetch_at).min(retry).min(over)
+                self.flush_deadline().min(self.install_deadline()).min(self.next_tick).min(self.seal_at).min(self.fetch_at).min(retry).min(over)
             }
             State::Boot(_) => self.boot_deadline(),
             State::Stopped | State::Failed(_) => Instant::FAR,
@@ -430,6 +437,7 @@ impl Shard {
         for origin in parked.chain(admin).chain(self.members.give_up(None)) {
             reply(out, origin, outcome);
         }
+        self.stop_supply(out);
         self.in_flight_bytes = 0;
         self.read_queue.clear();
     }

@@ -5,12 +5,14 @@
 //! number of messages; what finds no slot is cut off, and the leader offers it again. Memory for what others lead is
 //! not taken from what is proposed here, nor the other way round: two nodes never wait for each other.
 
+use super::bulk::Bulk;
 use super::entry::Header;
 use super::follow::change_of;
 use super::mail::{PeerBody, PeerMail};
 use super::{Effects, Shard};
 use crate::chunk::Change;
 use crate::metrics::Counter;
+use bytes::Bytes;
 use copyset::raft::eraftpb::{Entry, EntryType, Message, MessageType};
 use raftlog::{BLOCK, CopysetId, crc32c};
 use smallvec::SmallVec;
@@ -32,20 +34,39 @@ pub(super) struct Peers {
 
 impl Shard {
     /// A message of a replica of one of this shard's copysets. What cannot be used is dropped: raft repeats what matters.
-    pub fn peer_mail(&mut self, mail: PeerMail, _out: &mut Effects) {
+    pub fn peer_mail(&mut self, mail: PeerMail, out: &mut Effects) {
         if !self.serving() || !self.replay_over {
             return;
         }
         let PeerMail { copyset: id, from, to, body } = mail;
-        let PeerBody::Raft(message) = body else { return };
         let known = self.groups.get(&id).filter(|group| !group.damaged);
-        if known.is_none_or(|group| group.raft.peer() != to) || message.from != from || message.to != to {
+        if known.is_none_or(|group| group.raft.peer() != to) {
             return self.metrics.add(Counter::PeerRefused, 1);
         }
+        let message = match body {
+            PeerBody::Raft(message) if message.from == from && message.to == to => message,
+            PeerBody::Raft(_) => return self.metrics.add(Counter::PeerRefused, 1),
+            PeerBody::Bulk { head, payload } => return self.bulk(id, from, &head, payload, out),
+        };
         if message.get_msg_type() == MessageType::MsgAppend && !message.get_entries().is_empty() {
             self.append(id, *message);
         } else {
             self.step(id, *message);
+        }
+    }
+
+    fn bulk(&mut self, id: CopysetId, from: u64, head: &[u8], payload: Bytes, out: &mut Effects) {
+        match Bulk::decode(head) {
+            Ok(Bulk::AskList { index, from: first }) => self.supply_list(id, from, index, first, out),
+            Ok(Bulk::AskPiece { index, chunk, offset, len }) => {
+                self.supply_piece(id, from, index, (chunk, offset, len), out);
+            }
+            Ok(Bulk::List { index, from: first, more, chunks }) => self.listed(id, from, index, first, more, chunks),
+            Ok(piece @ Bulk::Piece { .. }) => self.piece(id, from, piece, payload),
+            Err(error) => {
+                tracing::warn!(copyset = ?id, from, %error, "a peer's message is refused");
+                self.metrics.add(Counter::PeerRefused, 1);
+            }
         }
     }
 
