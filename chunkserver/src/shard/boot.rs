@@ -263,7 +263,8 @@ impl Shard {
         self.replaying.retain(|(id, last)| open(id, *last));
         if self.replaying.is_empty() {
             self.replay_over = true;
-            for id in self.log.borrow().copysets() {
+            let ids = self.log.borrow().copysets();
+            for id in ids {
                 self.follow_log(id); // before others may take the slots that the log's tail had
             }
             self.store.replay_done();

@@ -77,7 +77,10 @@ impl Shard {
 
     /// A leader offers its chunks instead of entries.
     pub(super) fn offered(&mut self, id: CopysetId, from: u64, index: u64) {
-        let Some(group) = self.groups.get(&id).filter(|group| group.queue.is_empty() && !group.damaged) else { return };
+        // What can be applied goes first: an older entry must not come over a newer chunk.
+        if self.groups.get(&id).is_none_or(|group| !group.queue.is_empty() || group.damaged) {
+            return;
+        }
         if let Some(install) = self.installs.0.get(&id) {
             if install.from == from && install.index == index || matches!(install.stage, Stage::Log) {
                 return;

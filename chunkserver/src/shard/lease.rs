@@ -19,7 +19,9 @@ impl Shard {
         let entry = self.parked.vacant_entry();
         let asked = group.raft.read_index(self.now.0, entry.key() as u64);
         match asked {
-            Ok(()) => drop(entry.insert(request)),
+            Ok(()) => {
+                entry.insert(request);
+            }
             Err(_) => self.redirect(id, request.origin, out),
         }
         self.mark_dirty(id);

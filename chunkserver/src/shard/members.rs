@@ -57,7 +57,9 @@ impl Shard {
         };
         match started {
             Ok(Started::Begun) if transfer => reply(out, origin, Outcome::Success),
-            Ok(Started::Begun) => drop(entry.insert((id, origin))),
+            Ok(Started::Begun) => {
+                entry.insert((id, origin));
+            }
             Ok(Started::Already) => {
                 let data = ReplyData::Members { old: before.clone(), new: before };
                 out.replies.push(Reply { origin, outcome: Outcome::Success, applied_index: 0, data });
