@@ -3,7 +3,7 @@
 //! Blocking and without retries but for one: a change goes to the leader, and when the node asked says that another one
 //! leads now, it goes there.
 
-use bytes::{Bytes, BytesMut};
+use bytes::BytesMut;
 use copyset::PeerId;
 use prost::Message;
 use proto::chunkserver as wire;
@@ -76,7 +76,7 @@ fn call<A: Message + Default>(
                 let text = head.meta.response.as_ref().map(|r| String::from_utf8_lossy(&r.error_text).into_owned());
                 return Err(RemoteError::Refused { code: head.meta.error_code(), text: text.unwrap_or_default() });
             }
-            Step::Head(head) => return A::decode::<Bytes>(head.body).map_err(|_| RemoteError::Answer(to)),
+            Step::Head(head) => return A::decode(head.body).map_err(|_| RemoteError::Answer(to)),
             Step::Reject(_) | Step::Http(_) => return Err(RemoteError::Answer(to)),
         }
     }

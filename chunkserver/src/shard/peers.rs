@@ -221,9 +221,10 @@ impl Shard {
 
 /// Cut a message in two, the first with `count` entries.
 fn split(message: &mut Message, count: usize) -> Message {
+    let mut entries = message.take_entries().into_vec();
     let mut rest = message.clone();
-    rest.mut_entries().drain(..count);
-    message.mut_entries().truncate(count);
+    rest.set_entries(entries.split_off(count).into());
+    message.set_entries(entries.into());
     if let Some(last) = message.get_entries().last() {
         (rest.index, rest.log_term) = (last.index, last.term);
     }
