@@ -6,8 +6,8 @@
 //! at any point an incomplete chunk is never mistaken for a complete one.
 
 use super::store::Store;
-use raftlog::{BLOCK, CopysetId};
 use bytes::Bytes;
+use raftlog::{BLOCK, CopysetId};
 
 use super::overlay::Dirty;
 

@@ -63,13 +63,27 @@ pub(super) fn dispatch(ctx: &Context, now: Instant, ticket: Ticket, method: Meth
     match method {
         Method::GetLeader => serve!(wire::GetLeaderRequest2, m => Call::leader(v2)),
         Method::GetLeaderV1 => serve!(wire::GetLeaderRequest, m => Call::leader(v1)),
-        Method::AddPeer => serve!(wire::AddPeerRequest2, m => Call::one(m.leader.address(), m.add_peer.address(), Want::Add { v1: v2 }, MemberOp::Add)),
-        Method::AddPeerV1 => serve!(wire::AddPeerRequest, m => Call::one(&m.leader_id, &m.peer_id, Want::Add { v1 }, MemberOp::Add)),
-        Method::RemovePeer => serve!(wire::RemovePeerRequest2, m => Call::one(m.leader.address(), m.remove_peer.address(), Want::Remove { v1: v2 }, MemberOp::Remove)),
-        Method::RemovePeerV1 => serve!(wire::RemovePeerRequest, m => Call::one(&m.leader_id, &m.peer_id, Want::Remove { v1 }, MemberOp::Remove)),
-        Method::ChangePeers => serve!(wire::ChangePeersRequest2, m => Call::set(m.leader.address(), m.new_peers.iter().map(Peer::address))),
-        Method::TransferLeader => serve!(wire::TransferLeaderRequest2, m => Call::transfer(m.leader.address(), m.transferee.address(), v2)),
-        Method::TransferLeaderV1 => serve!(wire::TransferLeaderRequest, m => Call::transfer(&m.leader_id, m.peer_id(), v1)),
+        Method::AddPeer => {
+            serve!(wire::AddPeerRequest2, m => Call::one(m.leader.address(), m.add_peer.address(), Want::Add { v1: v2 }, MemberOp::Add))
+        }
+        Method::AddPeerV1 => {
+            serve!(wire::AddPeerRequest, m => Call::one(&m.leader_id, &m.peer_id, Want::Add { v1 }, MemberOp::Add))
+        }
+        Method::RemovePeer => {
+            serve!(wire::RemovePeerRequest2, m => Call::one(m.leader.address(), m.remove_peer.address(), Want::Remove { v1: v2 }, MemberOp::Remove))
+        }
+        Method::RemovePeerV1 => {
+            serve!(wire::RemovePeerRequest, m => Call::one(&m.leader_id, &m.peer_id, Want::Remove { v1 }, MemberOp::Remove))
+        }
+        Method::ChangePeers => {
+            serve!(wire::ChangePeersRequest2, m => Call::set(m.leader.address(), m.new_peers.iter().map(Peer::address)))
+        }
+        Method::TransferLeader => {
+            serve!(wire::TransferLeaderRequest2, m => Call::transfer(m.leader.address(), m.transferee.address(), v2))
+        }
+        Method::TransferLeaderV1 => {
+            serve!(wire::TransferLeaderRequest, m => Call::transfer(&m.leader_id, m.peer_id(), v1))
+        }
         Method::Snapshot => serve!(wire::SnapshotRequest2, m => {
             let at = m.peer.as_ref().map(|peer| parse(peer.address()));
             Call { at: at.unwrap_or(Some(ctx.info().peer)), op: Some(AdminOp::Checkpoint), want: Want::Snapshot }

@@ -68,6 +68,12 @@ impl Shard {
                 self.unfollow(&mut group);
                 self.stop_catch_up(id);
                 self.stop_install(id);
+                self.peers.forget(id);
+                let parked: Vec<usize> =
+                    self.parked.iter().filter(|(_, r)| r.copyset == id).map(|(key, _)| key).collect();
+                for key in parked {
+                    reply(out, self.parked.remove(key).origin, Outcome::NoCopyset);
+                }
                 for origin in self.members.give_up(Some(id)) {
                     reply(out, origin, Outcome::NoCopyset);
                 }

@@ -257,9 +257,7 @@ impl Shard {
             return;
         }
         let groups = &self.groups;
-        let open = |id: &CopysetId, last: u64| {
-            groups.get(id).is_some_and(|g| !g.damaged && g.applied < last)
-        };
+        let open = |id: &CopysetId, last: u64| groups.get(id).is_some_and(|g| !g.damaged && g.applied < last);
         self.replaying.retain(|(id, last)| open(id, *last));
         if self.replaying.is_empty() {
             self.replay_over = true;
@@ -286,7 +284,8 @@ impl Shard {
         let Some((incarnation, applied)) = checkpoint else {
             return Err(Failure::Copyset(id, "the log does not know it".into()));
         };
-        let raft = Copyset::new(config, Rc::clone(&self.log), self.now.0).map_err(|e| Failure::Copyset(id, e.to_string()))?;
+        let raft =
+            Copyset::new(config, Rc::clone(&self.log), self.now.0).map_err(|e| Failure::Copyset(id, e.to_string()))?;
         let group = Group {
             raft,
             applied,

@@ -3,14 +3,16 @@
 //! A round: commits durable (rule 10) -> chunk data -> sync -> CRC, bitmap and metadata pages -> sync -> checkpoints
 //! durable -> slots reusable, segments free (rule 11). One round at a time.
 
-use super::{DISK, Effects, Shard, State, Task};
+use super::{DISK, Effects, Group, Shard, State, Task};
 use crate::chunk::RoundIo;
 use crate::io::{Instant, Op};
-use raftlog::{CopysetId, Index, Log, Seq};
+use raftlog::{BLOCK, CopysetId, Log, Seq};
 
 /// Longest tail of entries, and their payload, that is logged again to free a segment.
 const RELOG_ENTRIES_MAX: u64 = 16;
 const RELOG_BYTES_MAX: usize = 64 << 10;
+/// What an entry takes in a log header, checksums included, rounded up.
+const RELOG_ENTRY_BYTES: u64 = 256;
 
 /// Checkpoints written, awaited: (batch, copyset, applied index).
 type Checkpoints = Vec<(Seq, CopysetId, u64)>;
@@ -173,7 +175,7 @@ impl Shard {
             return;
         }
         for id in log.pinning() {
-            if !written.iter().any(|w| w.1 == id) && !self.broken.contains(&id) && can_relog(&log, id) {
+            if !written.iter().any(|w| w.1 == id) && !self.broken.contains(&id) && self.can_relog(&log, id) {
                 written.push((log.relog(id), id, 0));
             }
         }
@@ -212,16 +214,17 @@ impl Shard {
         let slots = self.store.spare_slots() == 0 && self.extents.free_slots() == 0;
         log.used_bytes() * 2 >= log.capacity_bytes() || self.writes_wait() || slots
     }
-}
 
-/// A tail that is short, and in memory. One that is on its way to be applied is covered by the next round's checkpoint;
-/// to log it again would take the very space that is short. (Applied entries are not in memory any more.)
-fn can_relog(log: &Log, id: CopysetId) -> bool {
-    let short = |i: &Index| i.last_index() + 1 - i.first_index() <= RELOG_ENTRIES_MAX;
-    log.index(id).is_some_and(|i| {
-        let lens = i.first_index()..=i.last_index();
-        short(i)
-            && lens.filter_map(|n| i.payload_len(n)).sum::<usize>() <= RELOG_BYTES_MAX
-            && i.not_resident().is_empty()
-    })
+    /// A tail that is in memory, and short or stuck: without a quorum nothing of it is on its way to be applied. One that
+    /// is on its way is covered by the next round's checkpoint; to log it again would take the very space that is short.
+    fn can_relog(&self, log: &Log, id: CopysetId) -> bool {
+        let Some(index) = log.index(id).filter(|index| index.not_resident().is_empty()) else { return false };
+        let entries = index.last_index() + 1 - index.first_index();
+        let bytes = (index.first_index()..=index.last_index()).filter_map(|n| index.payload_len(n)).sum::<usize>();
+        let stuck = |group: &Group| {
+            let applied = group.raft.commit_index() == group.applied && index.first_index() == group.applied + 1;
+            applied && (bytes + BLOCK) as u64 + entries * RELOG_ENTRY_BYTES <= log.space_for_entries()
+        };
+        entries <= RELOG_ENTRIES_MAX && bytes <= RELOG_BYTES_MAX || self.groups.get(&id).is_some_and(stuck)
+    }
 }

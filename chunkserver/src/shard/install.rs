@@ -140,7 +140,15 @@ impl Shard {
         self.installs.0.values().map(due).min().unwrap_or(Instant::FAR)
     }
 
-    pub(super) fn listed(&mut self, id: CopysetId, from_peer: u64, index: u64, from: u64, more: bool, chunks: Vec<ChunkInfo>) {
+    pub(super) fn listed(
+        &mut self,
+        id: CopysetId,
+        from_peer: u64,
+        index: u64,
+        from: u64,
+        more: bool,
+        chunks: Vec<ChunkInfo>,
+    ) {
         let Some(install) = self.installs.0.get_mut(&id).filter(|i| i.from == from_peer && i.index == index) else {
             return;
         };
@@ -169,9 +177,8 @@ impl Shard {
                 self.store.install_drop(id, info.chunk, self.now.0);
             }
         }
-        let same_life = |info: &&ChunkInfo| {
-            self.store.chunk_info(id, info.chunk).is_some_and(|here| here.created == info.created)
-        };
+        let same_life =
+            |info: &&ChunkInfo| self.store.chunk_info(id, info.chunk).is_some_and(|here| here.created == info.created);
         let needed = install.todo.iter().filter(|info| !same_life(info)).count();
         if !self.store.promise(needed) {
             tracing::error!(copyset = ?id, needed, "no space for the chunks of a raft snapshot");

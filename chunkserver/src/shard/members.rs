@@ -71,6 +71,17 @@ impl Shard {
         self.mark_dirty(id);
     }
 
+    /// This node stops: others may lead at once instead of after an election timeout.
+    pub(super) fn hand_over(&mut self) {
+        let led: Vec<CopysetId> = self.groups.keys().copied().filter(|&id| self.leads(id)).collect();
+        for id in led {
+            if let Some(group) = self.groups.get_mut(&id).filter(|group| group.raft.needs_ticks()) {
+                let _ = group.raft.transfer_leader(self.now.0, 0); // nobody to hand it to: they will elect
+                self.mark_dirty(id);
+            }
+        }
+    }
+
     /// A change that had started is over.
     pub(super) fn change_done(&mut self, cookie: u64, result: Result<Changed, ChangeFailed>, out: &mut Effects) {
         let Some((id, origin)) = self.members.changes.try_remove(cookie as usize) else { return };

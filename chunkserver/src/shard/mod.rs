@@ -337,7 +337,13 @@ impl Shard {
                 } else {
                     Instant::FAR
                 };
-                self.flush_deadline().min(self.install_deadline()).min(self.next_tick).min(self.seal_at).min(self.fetch_at).min(retry).min(over)
+                self.flush_deadline()
+                    .min(self.install_deadline())
+                    .min(self.next_tick)
+                    .min(self.seal_at)
+                    .min(self.fetch_at)
+                    .min(retry)
+                    .min(over)
             }
             State::Boot(_) => self.boot_deadline(),
             State::Stopped | State::Failed(_) => Instant::FAR,
@@ -377,6 +383,7 @@ impl Shard {
         match self.state {
             State::Serving => {
                 self.state = State::Draining { sealed: None, until: self.now.after_ms(DRAIN_MS) };
+                self.hand_over();
             }
             State::Boot(_) => self.state = State::Stopped,
             _ => {}

@@ -9,7 +9,7 @@ use super::bulk::Bulk;
 use super::entry::Header;
 use super::follow::change_of;
 use super::mail::{PeerBody, PeerMail};
-use super::{Effects, Shard};
+use super::{Effects, Shard, State};
 use crate::chunk::Change;
 use crate::metrics::Counter;
 use bytes::Bytes;
@@ -32,10 +32,17 @@ pub(super) struct Peers {
     held: Vec<(CopysetId, VecDeque<Message>)>,
 }
 
+impl Peers {
+    /// A copyset is gone.
+    pub(super) fn forget(&mut self, id: CopysetId) {
+        self.held.retain(|held| held.0 != id);
+    }
+}
+
 impl Shard {
     /// A message of a replica of one of this shard's copysets. What cannot be used is dropped: raft repeats what matters.
     pub fn peer_mail(&mut self, mail: PeerMail, out: &mut Effects) {
-        if !self.serving() || !self.replay_over {
+        if !matches!(self.state, State::Serving | State::Draining { .. }) || !self.extents.is_open() {
             return;
         }
         let PeerMail { copyset: id, from, to, body } = mail;
