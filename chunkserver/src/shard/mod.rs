@@ -262,6 +262,7 @@ impl Shard {
             }
             (_, done) => unreachable!("a disk operation came back as {done:?}"),
         }
+        self.supply_step(out);
     }
 
     /// What time it is. To be called after a turn's input was received and before it is handed in: a lease counts by it.

@@ -60,6 +60,7 @@ impl Shard {
         self.progressed(id, to);
         let slot = self.supply.0.insert(Piece { copyset: id, to, chunk, offset, len }) as u32;
         self.read(Origin { shard: PEERS, slot, serial: 0 }, id, chunk, offset, len, out);
+        self.supply_step(out);
     }
 
     fn progressed(&mut self, id: CopysetId, to: u64) {
@@ -68,7 +69,7 @@ impl Shard {
         }
     }
 
-    /// Pieces that have been read go to their peers.
+    /// Pieces that have been read go to their peers; nobody else sees these answers.
     pub(super) fn supply_step(&mut self, out: &mut Effects) {
         if self.supply.0.is_empty() {
             return;
