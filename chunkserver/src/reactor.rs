@@ -199,6 +199,7 @@ impl<I: Io> Reactor<I> {
         let mut completions = std::mem::take(&mut self.completions);
         self.io.turn(deadline, &mut completions);
         self.again = false;
+        self.shard.observe(self.io.now());
         let metrics = self.context.metrics();
         metrics.add(Counter::Turns, 1);
         metrics.tick(self.io.now());

@@ -72,6 +72,12 @@ impl ConfState {
         self.voters == [id] && (self.voters_outgoing.is_empty() || self.voters_outgoing == [id])
     }
 
+    /// True if `id` votes or learns.
+    #[must_use]
+    pub fn has_member(&self, id: u64) -> bool {
+        self.voters.contains(&id) || self.learners.contains(&id) || self.voters_outgoing.contains(&id)
+    }
+
     /// Bytes for a checkpoint.
     ///
     /// # Panics

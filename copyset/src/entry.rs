@@ -11,8 +11,9 @@ use protobuf::Message as _;
 use raft::eraftpb::{self, ConfChangeV2, EntryType};
 use raftlog::{Entry, EntryKind};
 
-/// For the log.
-pub(crate) fn to_log(mut entry: eraftpb::Entry) -> Entry {
+/// For the log, and for the wire between peers.
+#[must_use]
+pub fn to_log(mut entry: eraftpb::Entry) -> Entry {
     let (index, term) = (entry.index, entry.term);
     match entry.get_entry_type() {
         EntryType::EntryNormal => Entry {
@@ -34,6 +35,12 @@ pub(crate) fn to_log(mut entry: eraftpb::Entry) -> Entry {
 /// # Panics
 /// If a conf change in the log cannot be read: `restore` has read each of them before raft-rs exists.
 pub(crate) fn to_raft(entry: Entry) -> eraftpb::Entry {
+    let index = entry.index;
+    from_log(entry).unwrap_or_else(|e| panic!("entry {index}: {e}"))
+}
+
+/// For raft-rs, from bytes that may come from anywhere.
+pub fn from_log(entry: Entry) -> Result<eraftpb::Entry, ChangeError> {
     let mut out = eraftpb::Entry { index: entry.index, term: entry.term, ..eraftpb::Entry::default() };
     match entry.kind {
         EntryKind::Normal => {
@@ -41,32 +48,11 @@ pub(crate) fn to_raft(entry: Entry) -> eraftpb::Entry {
             out.data = entry.payload;
         }
         EntryKind::ConfChange => {
-            let change = decode_change(&entry.context).unwrap_or_else(|e| panic!("entry {}: {e}", entry.index));
             out.set_entry_type(EntryType::EntryConfChangeV2);
-            out.data = protobuf_of(&change);
+            out.data = protobuf_of(&decode_change(&entry.context)?);
         }
     }
-    out
-}
-
-/// For a peer: the form that travels.
-///
-/// # Panics
-/// As [`to_raft`]'s: the entry was made by this process.
-#[must_use]
-pub fn entry_to_log(entry: eraftpb::Entry) -> Entry {
-    to_log(entry)
-}
-
-/// For raft-rs, from a peer.
-///
-/// # Errors
-/// A conf change that cannot be read.
-pub fn entry_from_log(entry: Entry) -> Result<eraftpb::Entry, ChangeError> {
-    if entry.kind == EntryKind::ConfChange {
-        decode_change(&entry.context)?;
-    }
-    Ok(to_raft(entry))
+    Ok(out)
 }
 
 /// The change a conf change entry of raft-rs holds.

@@ -4,32 +4,50 @@
 //! * **Nothing leaves before it is durable.** Each raft `Ready` remembers the log batch it needs ([`Held`]); its
 //!   messages and its `on_persist_ready` wait for that batch. raft-rs hands out committed entries only when the own
 //!   log has persisted them, and that is asserted.
-//! * **raft-rs and the log agree whenever `ready` returns**: entries of a `Ready` are appended before it is advanced. [`Copyset::hard_state_for_log`] is the state of the last `Ready`, never a
-//!   newer one: a commit must not reach the log before the entries it speaks of.
+//! * **raft-rs and the log agree whenever `ready` returns**: entries of a `Ready` are appended before it is advanced.
+//!   [`Copyset::hard_state_for_log`] is the state of the last `Ready`, never a newer one: a commit must not reach the
+//!   log before the entries it speaks of.
+//! * **A promise to a leader is kept by the clock** (rule 18): see `lease.rs` and `time.rs`.
 //! * **A term is used once.** A sole voter becomes leader before its own vote is durable; it keeps its messages until
 //!   the batch with that vote is, or a learner could be sent two different entries of one term across a crash.
 
+mod flow;
+mod member;
+mod read;
 mod ready;
+mod snapshot;
 mod status;
+mod step;
+mod time;
 
 use crate::conf::ConfState;
 use crate::config::{Config, quiet, raft_config};
 use crate::effect::Effect;
+use crate::fetch::Fetches;
 use crate::history::History;
+use crate::lease::Lease;
+use crate::plan::Plan;
 use crate::proposals::Proposals;
+use crate::reads::Reads;
 use crate::restore::{self, Error, Start};
 use crate::rng::Rng;
-use crate::screen::{self, HEADER_MAX, Receiver, StepError};
+use crate::screen::HEADER_MAX;
 use crate::storage::LogStorage;
+use crate::suspicion::Suspicion;
+use crate::time::Time;
+use crate::window::Window;
 use bytes::{BufMut, Bytes, BytesMut};
-use raft::eraftpb::{self, ConfChangeV2, Message, MessageType};
+use raft::eraftpb::{self, ConfChangeV2, Message};
 use raft::{RaftState, RawNode, StateRole, Storage};
 use raftlog::{BLOCK, Checkpoint, HardState, Log, Seq};
 use std::cell::RefCell;
-use std::collections::VecDeque;
+use std::collections::{BTreeMap, VecDeque};
 use std::rc::Rc;
 
+pub use member::{ChangeRefused, InProgress, Started};
 use ready::{MEMBERS_MAX, send};
+use snapshot::Installing;
+pub use snapshot::{InstallError, Offer};
 pub use status::Role;
 
 /// Why a proposal was not taken.
@@ -67,12 +85,29 @@ pub struct Copyset {
     raw: RawNode<LogStorage>,
     entry_bytes_max: usize,
     rng: Rng,
-    /// The drawn timeout; raft-rs draws its own behind our back and is put right after every call.
-    election_timeout: usize,
-    /// Term and leadership as last looked at.
-    seen: (u64, bool),
+    time: Time,
+    /// Term and role as last looked at.
+    seen: (u64, StateRole),
     proposals: Proposals,
     history: History,
+    lease: Lease,
+    reads: Reads,
+    window: Window,
+    fetches: Fetches,
+    /// A membership change begun here.
+    plan: Option<Plan>,
+    /// When a transfer of leadership is given up.
+    transfer_until: Option<u64>,
+    /// Peers that were offered the checkpoint, and when they last fetched some of it.
+    offers: BTreeMap<u64, u64>,
+    /// The checkpoint that was offered to this replica.
+    offer: Option<Offer>,
+    installing: Option<Installing>,
+    suspicion: Suspicion,
+    /// Not fit to lead, says the shard.
+    held_back: bool,
+    /// No member any more, says a member.
+    removed: bool,
     /// As of the last `Ready`.
     hard_state: HardState,
     /// The newest one the log was given.
@@ -111,7 +146,8 @@ impl Copyset {
     }
 
     /// Starts from what the log says; a first start and a restart are the same. A sole voter campaigns at once.
-    pub fn new(config: Config, log: Rc<RefCell<Log>>) -> Result<Self, Error> {
+    /// `now`: see [`Self::tick`].
+    pub fn new(config: Config, log: Rc<RefCell<Log>>, now: u64) -> Result<Self, Error> {
         if config.peer == 0 {
             return Err(Error::Nobody);
         }
@@ -126,12 +162,26 @@ impl Copyset {
         (state.term, state.vote, state.commit) = (hard_state.term, hard_state.vote, hard_state.commit);
         let storage = LogStorage::new(Rc::clone(&log), config.id, RaftState::new(state, conf.to_raft()));
         let raw = RawNode::new(&raft_config(&config, applied), storage, &quiet())?;
+        // Whoever echoed a leader's round had made its term durable first; the first leader's term is 2.
+        let fresh = hard_state.term <= 1 && hard_state.vote == 0 && !config.suspect;
         let mut this = Self {
             rng: Rng::new(config.seed, [config.id.0, config.peer]),
-            election_timeout: 0,
-            seen: (hard_state.term, false),
+            time: Time::new(&config, now, fresh),
+            seen: (hard_state.term, StateRole::Follower),
             proposals: Proposals::default(),
             history: History::new(applied, conf),
+            lease: Lease::default(),
+            reads: Reads::default(),
+            window: Window::default(),
+            fetches: Fetches::default(),
+            plan: None,
+            transfer_until: None,
+            offers: BTreeMap::new(),
+            offer: None,
+            installing: None,
+            suspicion: if config.suspect { Suspicion::Unknown } else { Suspicion::Clear },
+            held_back: false,
+            removed: false,
             hard_state,
             logged,
             last_seq: durable,
@@ -192,66 +242,41 @@ impl Copyset {
         outcome.map_err(|_| ProposeError::NotReady)
     }
 
-    /// True if this replica leads and has applied an entry of its own term: it may propose, and knows the newest
-    /// committed state. Whether it may also answer reads is [`Self::may_read`].
+    /// True if this replica leads, has applied an entry of its own term and is not handing leadership over: it may
+    /// propose, and knows the newest committed state. Whether it may also answer reads is [`Self::may_read`].
     #[must_use]
     pub fn is_leader_ready(&self) -> bool {
-        let raft = &self.raw.raft;
-        raft.state == StateRole::Leader && self.applied_term == raft.term && raft.lead_transferee.is_none()
-    }
-
-    /// True if reads may be answered from the applied state. A sole voter needs nobody's word for that; several
-    /// voters need a lease, which plugs in here.
-    #[must_use]
-    pub fn may_read(&self) -> bool {
-        self.is_leader_ready() && self.conf().sole_voter(self.config.peer)
-    }
-
-    /// One tick has passed. Missed ticks are not made up for.
-    pub fn tick(&mut self) {
-        if self.conf().sole_voter(self.config.peer) && self.role() != Role::Leader {
-            // Not raft's own timer: it would campaign with entries that are not durable yet.
-            self.campaign_alone();
-        } else {
-            self.raw.tick();
-            self.look();
-        }
-    }
-
-    /// Takes a peer's message.
-    pub fn step(&mut self, message: Message) -> Result<(), StepError> {
-        let receiver = Receiver {
-            me: self.config.peer,
-            role: self.raw.raft.state,
-            last: self.last_index(),
-            durable: self.durable_index(),
-            payload_max: self.entry_bytes_max,
-        };
-        screen::check(&message, &receiver)?;
-        let alone = self.conf().sole_voter(self.config.peer);
-        if alone && message.get_msg_type() == MessageType::MsgTimeoutNow {
-            return Ok(()); // it campaigns by itself
-        }
-        let outcome = self.raw.step(message).map_err(|e| StepError::Raft(e.to_string()));
-        self.look();
-        outcome
+        self.may_read_index() && self.raw.raft.lead_transferee.is_none()
     }
 
     /// True if [`Self::ready`] has anything to do.
     #[must_use]
     pub fn dirty(&self) -> bool {
+        if self.installing.is_some() {
+            return !self.outbox.is_empty();
+        }
         self.proposals.has_queued()
             || !self.outbox.is_empty()
             || self.announced != self.standing()
+            || self.reads.needs_round()
+            || self.reads.has_ready(self.applied)
             || self.raw.has_ready()
     }
 
     /// Drains raft: new entries go to the log, effects to `out`. Called at the end of a turn.
     pub fn ready(&mut self, out: &mut Vec<Effect>) {
+        if self.installing.is_some() {
+            return out.append(&mut self.outbox);
+        }
         self.propose_queued();
+        if self.reads.needs_round() {
+            self.start_round();
+        }
         while self.raw.has_ready() {
             self.one_ready(out);
         }
+        self.reads.take_ready(self.applied, out);
+        self.fetch(out);
         out.append(&mut self.outbox);
         let standing = self.standing();
         if self.announced != standing {
@@ -264,6 +289,9 @@ impl Copyset {
     /// The log is durable up to batch `durable`.
     pub fn persisted(&mut self, durable: Seq) {
         self.durable = self.durable.max(durable);
+        if let Some(Installing { offer, .. }) = self.installing.take_if(|it| it.seq <= durable) {
+            return self.installed(&offer);
+        }
         let mut number = None;
         while let Some(held) = self.held.pop_front_if(|held| held.seq <= durable) {
             number = Some(held.number);
@@ -273,7 +301,7 @@ impl Copyset {
             // The messages leave at the next `ready`, hence after this.
             self.raw.on_persist_ready(number);
             self.look();
-            self.campaign_alone();
+            self.weigh_suspicion();
         }
     }
 
@@ -292,6 +320,7 @@ impl Copyset {
         self.history.forget_below(self.raw.store().checkpoint_index());
         self.look();
         self.campaign_alone();
+        self.drive();
     }
 
     /// What to restart from once everything up to `index` is durable outside the log. `index` lies between the
@@ -335,35 +364,5 @@ impl Copyset {
     fn term_at(&self, index: u64) -> u64 {
         let term = self.raw.store().term(index);
         term.unwrap_or_else(|e| panic!("{:?}: no term of applied entry {index}: {e}", self.config.id))
-    }
-
-    /// A sole voter needs no timer and nobody's vote. raft-rs requires that its whole log is durable.
-    fn campaign_alone(&mut self) {
-        let alone = self.conf().sole_voter(self.config.peer);
-        if alone && self.raw.raft.state != StateRole::Leader && self.durable_index() == self.last_index() {
-            // Refused while a committed membership change waits to be applied; tried again after that.
-            let _ = self.raw.campaign();
-            self.look();
-        }
-    }
-
-    /// After anything that may have changed term or role.
-    fn look(&mut self) {
-        let now = (self.raw.raft.term, self.raw.raft.state == StateRole::Leader);
-        let before = std::mem::replace(&mut self.seen, now);
-        if before != now {
-            if before.1 {
-                self.proposals.drop_all(&mut self.outbox);
-            }
-            self.draw_timeout();
-        } else {
-            self.raw.raft.set_randomized_election_timeout(self.election_timeout);
-        }
-    }
-
-    fn draw_timeout(&mut self) {
-        let ticks = self.config.election_ticks;
-        self.election_timeout = self.rng.draw(ticks, ticks);
-        self.raw.raft.set_randomized_election_timeout(self.election_timeout);
     }
 }

@@ -1,4 +1,4 @@
-//! One raft group per copyset, over raft-rs and the shard's shared log. Sans-I/O: this crate is fed ticks, messages,
+//! One raft group per copyset, over raft-rs and the shard's shared log. Sans-I/O: this crate is fed the time, messages,
 //! proposals and "the log is durable up to here", and leaves [`Effect`]s; it owns no file, socket, thread or clock.
 //!
 //! Promises, each kept by the file named:
@@ -15,22 +15,30 @@ mod conf;
 mod config;
 mod effect;
 mod entry;
+mod fetch;
 mod group;
 mod history;
+mod lease;
 mod peer;
+mod plan;
 mod proposals;
+mod reads;
 mod restore;
 mod rng;
 mod screen;
 mod storage;
+mod suspicion;
+mod time;
+mod window;
 
 pub use change::{ChangeError, decode_change, encode_change};
 pub use conf::{ConfError, ConfState};
 pub use config::Config;
-pub use effect::{Committed, Effect};
-pub use entry::{entry_from_log, entry_to_log};
-pub use group::{Copyset, ProposeError, Role};
+pub use effect::{ChangeFailed, Changed, Committed, Effect, Lane, lane};
+pub use entry::{from_log as entry_from_log, to_log as entry_to_log};
+pub use group::{ChangeRefused, Copyset, InProgress, InstallError, Offer, ProposeError, Role, Started};
 pub use peer::{PeerId, PeerIdError};
+pub use plan::Stage;
 pub use raft;
 pub use restore::Error;
 pub use screen::{HEADER_MAX, StepError};

@@ -18,8 +18,8 @@ impl Rng {
     }
 
     /// A number in `low..low + width`; `width` > 0.
-    pub(crate) fn draw(&mut self, low: usize, width: usize) -> usize {
-        low + (self.next() % width as u64) as usize
+    pub(crate) fn draw(&mut self, low: u64, width: u64) -> u64 {
+        low + self.next() % width
     }
 }
 

@@ -4,6 +4,7 @@
 //! entries that leave a gap). Such a message is refused here; a correct group loses nothing by a lost message.
 
 use crate::change::CHANGES_MAX;
+use crate::conf::ConfState;
 use crate::entry::read_change;
 use crate::restore::NUMBER_MAX;
 use raft::StateRole;
@@ -12,6 +13,8 @@ use raftlog::BLOCK;
 
 /// Longest header of an operation.
 pub const HEADER_MAX: usize = 1024;
+/// Bytes of a round's number in a heartbeat's context.
+pub(crate) const ROUND_LEN: usize = 8;
 
 /// Why a message was not stepped.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -24,7 +27,7 @@ pub enum StepError {
         /// Addressee.
         to: u64,
     },
-    /// A kind that does not travel between our replicas (proposals are redirected, not forwarded), or not yet.
+    /// A kind that does not travel between our replicas (proposals and reads are redirected, not forwarded).
     #[error("messages of kind {0:?} are not taken from peers")]
     Kind(MessageType),
     /// No term, or one that no number of elections leads to.
@@ -52,21 +55,49 @@ pub enum StepError {
         /// Own last index.
         last: u64,
     },
-    /// A vote that was not asked for.
-    #[error("a vote that was not asked for")]
+    /// A vote, an echo or a hand-over that nobody who could was asked for.
+    #[error("an answer that was not asked for")]
     Unasked,
+    /// Another replica leads this term.
+    #[error("{from} claims to lead term {term}, which {leader} leads")]
+    Usurper {
+        /// Sender.
+        from: u64,
+        /// Who leads.
+        leader: u64,
+        /// Term.
+        term: u64,
+    },
+    /// A context that is no round, or no notice of removal.
+    #[error("the message's context is malformed")]
+    Context,
+    /// The offer of a raft snapshot contradicts itself.
+    #[error("the offer of a snapshot is malformed")]
+    Snapshot,
+    /// This replica's log lost records; until it knows which, it promises nothing (rule 21).
+    #[error("this replica lost records and takes part in nothing yet")]
+    Suspect,
+    /// A raft snapshot is becoming durable.
+    #[error("a raft snapshot is being installed")]
+    Installing,
     /// raft-rs refuses it.
     #[error("raft refuses the message: {0}")]
     Raft(String),
 }
 
 /// What a check must know of the replica.
+#[derive(Clone, Copy, Debug)]
 pub(crate) struct Receiver {
     pub(crate) me: u64,
     pub(crate) role: StateRole,
+    pub(crate) term: u64,
+    /// Of `term`, 0 if unknown.
+    pub(crate) leader: u64,
     /// Last entry, and the last durable one.
     pub(crate) last: u64,
     pub(crate) durable: u64,
+    /// Newest lease round started.
+    pub(crate) round: u64,
     /// Longest payload its log takes.
     pub(crate) payload_max: usize,
 }
@@ -74,7 +105,7 @@ pub(crate) struct Receiver {
 /// Checks a message.
 pub(crate) fn check(message: &Message, receiver: &Receiver) -> Result<(), StepError> {
     let &Message { from, to, term, index, .. } = message;
-    let &Receiver { me, role, last, durable, payload_max } = receiver;
+    let &Receiver { me, role, last, durable, payload_max, .. } = receiver;
     if to != me || from == me || from == 0 {
         return Err(StepError::Address { from, to });
     }
@@ -82,20 +113,30 @@ pub(crate) fn check(message: &Message, receiver: &Receiver) -> Result<(), StepEr
     if term == 0 || term > NUMBER_MAX {
         return Err(StepError::Term(term));
     }
+    check_leader(message, receiver)?;
     match message.get_msg_type() {
         MessageType::MsgAppend => check_entries(message, payload_max),
         MessageType::MsgHeartbeat if message.commit > last => Err(StepError::Lost { commit: message.commit, last }),
+        MessageType::MsgHeartbeat => check_round(message, u64::MAX),
+        MessageType::MsgHeartbeatResponse if role == StateRole::Leader => check_round(message, receiver.round),
+        MessageType::MsgSnapshot => check_snapshot(message),
         // Late ones, of an earlier life or leadership, are raft-rs's to ignore.
         MessageType::MsgAppendResponse if role == StateRole::Leader => {
             let index = index.max(message.reject_hint).max(message.request_snapshot);
-            if index > last { Err(StepError::Acknowledged { index, last }) } else { Ok(()) }
+            match message.request_snapshot {
+                0 if index <= last => Ok(()),
+                0 => Err(StepError::Acknowledged { index, last }),
+                _ => Err(StepError::Unasked),
+            }
         }
         // Votes are asked for when the whole log is durable, and raft-rs insists on it when they make a leader.
         MessageType::MsgRequestVoteResponse if durable != last && role == StateRole::Candidate => {
             Err(StepError::Unasked)
         }
-        MessageType::MsgHeartbeat
-        | MessageType::MsgHeartbeatResponse
+        // Only the leader hands over, and its own term.
+        MessageType::MsgTimeoutNow if term < receiver.term => Ok(()),
+        MessageType::MsgTimeoutNow if term != receiver.term || from != receiver.leader => Err(StepError::Unasked),
+        MessageType::MsgHeartbeatResponse
         | MessageType::MsgAppendResponse
         | MessageType::MsgRequestVote
         | MessageType::MsgRequestVoteResponse
@@ -104,6 +145,44 @@ pub(crate) fn check(message: &Message, receiver: &Receiver) -> Result<(), StepEr
         | MessageType::MsgTimeoutNow => Ok(()),
         kind => Err(StepError::Kind(kind)),
     }
+}
+
+/// True for what only a leader sends.
+pub(crate) fn from_leader(kind: MessageType) -> bool {
+    matches!(kind, MessageType::MsgAppend | MessageType::MsgHeartbeat | MessageType::MsgSnapshot)
+}
+
+/// One leader per term.
+fn check_leader(message: &Message, receiver: &Receiver) -> Result<(), StepError> {
+    let &Receiver { term, leader, .. } = receiver;
+    let other = leader != 0 && message.from != leader;
+    if from_leader(message.get_msg_type()) && message.term == term && other {
+        return Err(StepError::Usurper { from: message.from, leader, term });
+    }
+    Ok(())
+}
+
+/// A round of a lease, or nothing.
+fn check_round(message: &Message, newest: u64) -> Result<(), StepError> {
+    match round_of(message) {
+        Some(round) if round > newest => Err(StepError::Unasked),
+        None if !message.context.is_empty() => Err(StepError::Context),
+        _ => Ok(()),
+    }
+}
+
+/// The round in a heartbeat or its answer.
+pub(crate) fn round_of(message: &Message) -> Option<u64> {
+    let bytes: [u8; ROUND_LEN] = message.context.as_ref().try_into().ok()?;
+    Some(u64::from_le_bytes(bytes))
+}
+
+fn check_snapshot(message: &Message) -> Result<(), StepError> {
+    let snapshot = message.get_snapshot();
+    let (index, term) = (snapshot.get_metadata().index, snapshot.get_metadata().term);
+    let numbers = (1..=NUMBER_MAX).contains(&index) && (1..=message.term).contains(&term);
+    let conf = ConfState::decode(&snapshot.data).is_ok_and(|conf| !conf.voters.is_empty());
+    if numbers && conf { Ok(()) } else { Err(StepError::Snapshot) }
 }
 
 fn check_entries(message: &Message, payload_max: usize) -> Result<(), StepError> {
@@ -144,7 +223,8 @@ mod tests {
     const MAX: usize = 1 << 20;
 
     fn to(me: u64, last: u64) -> Receiver {
-        Receiver { me, role: StateRole::Follower, last, durable: last, payload_max: MAX }
+        let role = StateRole::Follower;
+        Receiver { me, role, term: 5, leader: 0, last, durable: last, round: 3, payload_max: MAX }
     }
 
     fn message(kind: MessageType) -> Message {
@@ -220,8 +300,7 @@ mod tests {
     #[test]
     fn refuses_strangers_and_local_kinds() {
         assert_eq!(check(&message(MessageType::MsgHeartbeat), &to(3, 0)), Err(StepError::Address { from: 2, to: 1 }));
-        for kind in [MessageType::MsgPropose, MessageType::MsgHup, MessageType::MsgSnapshot, MessageType::MsgReadIndex]
-        {
+        for kind in [MessageType::MsgPropose, MessageType::MsgHup, MessageType::MsgReadIndex, MessageType::MsgBeat] {
             assert_eq!(check(&message(kind), &to(1, 0)), Err(StepError::Kind(kind)));
         }
         let mut local = message(MessageType::MsgHeartbeat);
@@ -229,5 +308,51 @@ mod tests {
         assert_eq!(check(&local, &to(1, 0)), Err(StepError::Term(0)));
         local.term = u64::MAX;
         assert_eq!(check(&local, &to(1, 0)), Err(StepError::Term(u64::MAX)));
+    }
+
+    #[test]
+    fn one_leader_per_term() {
+        let follower = Receiver { leader: 3, ..to(1, 100) };
+        let usurper = StepError::Usurper { from: 2, leader: 3, term: 5 };
+        assert_eq!(check(&append(7, 3, &[]), &follower), Err(usurper.clone()));
+        assert_eq!(check(&message(MessageType::MsgHeartbeat), &follower), Err(usurper));
+        assert_eq!(check(&append(7, 3, &[]), &Receiver { term: 4, ..follower }), Ok(()), "a later term");
+        let mut hand_over = message(MessageType::MsgTimeoutNow);
+        assert_eq!(check(&hand_over, &follower), Err(StepError::Unasked));
+        assert_eq!(check(&hand_over, &Receiver { leader: 2, ..follower }), Ok(()));
+        hand_over.term = 6;
+        assert_eq!(check(&hand_over, &Receiver { leader: 2, ..follower }), Err(StepError::Unasked));
+    }
+
+    #[test]
+    fn rounds_and_offers() {
+        let mut beat = message(MessageType::MsgHeartbeat);
+        beat.context = 9u64.to_le_bytes().to_vec().into();
+        assert_eq!((check(&beat, &to(1, 0)), round_of(&beat)), (Ok(()), Some(9)));
+        beat.context = vec![1].into();
+        assert_eq!(check(&beat, &to(1, 0)), Err(StepError::Context));
+        let leader = Receiver { role: StateRole::Leader, leader: 1, ..to(1, 0) };
+        let mut echo = message(MessageType::MsgHeartbeatResponse);
+        echo.context = 3u64.to_le_bytes().to_vec().into();
+        assert_eq!(check(&echo, &leader), Ok(()));
+        echo.context = 4u64.to_le_bytes().to_vec().into();
+        assert_eq!(check(&echo, &leader), Err(StepError::Unasked));
+
+        let mut offer = message(MessageType::MsgSnapshot);
+        offer.mut_snapshot().data = ConfState::of(&[2]).encode();
+        (offer.mut_snapshot().mut_metadata().index, offer.mut_snapshot().mut_metadata().term) = (10, 5);
+        assert_eq!(check(&offer, &to(1, 0)), Ok(()));
+        let spoilers: [fn(&mut Message); 5] = [
+            |m| m.mut_snapshot().mut_metadata().index = 0,
+            |m| m.mut_snapshot().mut_metadata().term = 6,
+            |m| m.mut_snapshot().mut_metadata().term = 0,
+            |m| m.mut_snapshot().data = ConfState::default().encode(),
+            |m| m.mut_snapshot().data = vec![7].into(),
+        ];
+        for spoil in spoilers {
+            let mut offer = offer.clone();
+            spoil(&mut offer);
+            assert_eq!(check(&offer, &to(1, 0)), Err(StepError::Snapshot));
+        }
     }
 }

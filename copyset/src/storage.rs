@@ -1,7 +1,7 @@
 //! `raft::Storage` over the shard's shared log.
 //!
 //! Every entry that is not applied yet is known to the log's index, so nothing here waits, except the sending of old
-//! entries whose payload is no longer in memory. The log is borrowed inside each call only; its owner never holds a
+//! entries whose payload is no longer in memory (rule 16). The log is borrowed inside each call only; its owner never holds a
 //! borrow while it calls into a copyset.
 
 use crate::conf::ConfState;
@@ -18,16 +18,35 @@ pub(crate) struct LogStorage {
     id: CopysetId,
     /// Read once, when raft-rs starts.
     start: RaftState,
+    /// Entries raft-rs wants for a peer whose payload is not in memory, from the first such one, since last asked.
+    absent: RefCell<Vec<(u64, GetEntriesContext)>>,
 }
 
 impl LogStorage {
     pub(crate) fn new(log: Rc<RefCell<Log>>, id: CopysetId, start: RaftState) -> Self {
-        Self { log, id, start }
+        Self { log, id, start, absent: RefCell::default() }
     }
 
     /// Length of an entry's payload, resident or not.
     pub(crate) fn payload_len(&self, index: u64) -> usize {
         self.index(|log| log.payload_len(index).unwrap_or(0))
+    }
+
+    /// What raft-rs was told to wait for: the first entry absent, and the question.
+    pub(crate) fn take_absent(&self) -> Vec<(u64, GetEntriesContext)> {
+        std::mem::take(&mut self.absent.borrow_mut())
+    }
+
+    /// End of a fetch from `low` on: at most `bytes` of payload, at least one entry.
+    pub(crate) fn fetch_end(&self, low: u64, bytes: u64) -> u64 {
+        self.index(|log| {
+            let mut sum = 0;
+            let within = |&at: &u64| {
+                sum += log.payload_len(at).unwrap_or(0) as u64;
+                sum <= bytes
+            };
+            (low + 1..=log.last_index()).take_while(within).last().unwrap_or(low) + 1
+        })
     }
 
     /// Index the log's newest checkpoint stands at.
@@ -69,11 +88,14 @@ impl Storage for LogStorage {
             }
             let mut entries = log.entries(low, high, bytes_max);
             // Only entries for a peer may be waited for, and only they need their payload: an absent one must not
-            // be sent as an empty one. raft-rs asks again at the peer's next answer.
+            // be sent as an empty one.
             if context.can_async() {
                 let absent = |e: &raftlog::Entry| e.payload.is_empty() && log.payload_len(e.index).unwrap_or(0) > 0;
                 match entries.iter().position(absent) {
-                    Some(0) => return Err(Error::Store(StorageError::LogTemporarilyUnavailable)),
+                    Some(0) => {
+                        self.absent.borrow_mut().push((low, context));
+                        return Err(Error::Store(StorageError::LogTemporarilyUnavailable));
+                    }
                     Some(n) => entries.truncate(n),
                     None => {}
                 }
@@ -98,13 +120,14 @@ impl Storage for LogStorage {
         Ok(self.index(Index::last_index))
     }
 
-    /// Names the checkpoint; the data is the shard's to send.
+    /// Names the checkpoint; the chunks are the shard's to send. Our form of the configuration, which has the epoch,
+    /// travels as data.
     fn snapshot(&self, request_index: u64, _to: u64) -> raft::Result<Snapshot> {
         self.index(|log| {
             let checkpoint = log.checkpoint();
             let conf = ConfState::decode(&checkpoint.conf).ok().filter(|_| checkpoint.applied_index >= request_index);
             let conf = conf.ok_or(Error::Store(StorageError::SnapshotTemporarilyUnavailable))?;
-            let mut snapshot = Snapshot::default();
+            let mut snapshot = Snapshot { data: checkpoint.conf.clone(), ..Snapshot::default() };
             let metadata = snapshot.mut_metadata();
             metadata.index = checkpoint.applied_index;
             metadata.term = checkpoint.applied_term;

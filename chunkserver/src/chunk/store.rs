@@ -221,7 +221,7 @@ impl Store {
         !self.slots.replaying() && self.find(copyset, chunk).is_some_and(|(_, c)| c.suspect)
     }
 
-    fn find(&self, copyset: CopysetId, chunk: u64) -> Option<(u32, &Chunk)> {
+    pub(super) fn find(&self, copyset: CopysetId, chunk: u64) -> Option<(u32, &Chunk)> {
         let slot = *self.index.get(&(copyset, chunk))?;
         Some((slot, self.chunks.get(&slot)?))
     }
@@ -340,8 +340,9 @@ impl Chunk {
     }
 
     pub(super) fn touch(&mut self, index: u64) {
-        // Replay passes indexes the metapage has seen; it never goes back.
-        self.meta.applied_index = self.meta.applied_index.max(index);
+        // Replay takes it back to where it begins: until it has passed again what the metapage had seen, the chunk is not
+        // what it was then.
+        self.meta.applied_index = index;
         self.suspect = false;
     }
 

@@ -190,6 +190,7 @@ pub fn resume_all(ctx: &Context, now: Instant, pending: Pending, replies: Vec<Re
             ticket.reply_with(ctx, now, &(), Parts::from_iter([Bytes::from(text)]))
         }
         Step::Page(waiting) => pages::resume(ctx, now, *waiting, replies),
+        Step::Cli(waiting) if replies.len() != 1 => cli::resume_all(ctx, now, waiting, &replies),
         step => {
             let reply = replies.into_iter().next();
             resume(ctx, now, Pending(step), reply.expect("every shard answers"))

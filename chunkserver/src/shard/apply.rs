@@ -69,6 +69,7 @@ impl Shard {
             return Some(Step::Wait);
         }
         let committed = group.queue.pop_front()?;
+        self.stop_install(id); // the log goes on after all
         let (index, cookie) = (committed.index, committed.cookie);
         if let Err(failure) = self.apply(id, committed) {
             return Some(Step::Failed(failure));

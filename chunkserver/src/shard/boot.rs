@@ -77,6 +77,11 @@ impl Shard {
             proposed_cost: 0,
             admin: Vec::new(),
             peers: super::peers::Peers::default(),
+            catch_up: super::catchup::CatchUp::default(),
+            installs: super::install::Installs::default(),
+            supply: super::supply::Supply::default(),
+            members: super::members::Members::default(),
+            parked: Slab::new(),
             flush: flush::Flush::new(now),
             state: State::Boot(Boot::Sync),
             extents,
@@ -256,7 +261,8 @@ impl Shard {
         self.replaying.retain(|(id, last)| open(id, *last));
         if self.replaying.is_empty() {
             self.replay_over = true;
-            for id in self.log.borrow().copysets() {
+            let ids = self.log.borrow().copysets();
+            for id in ids {
                 self.follow_log(id); // before others may take the slots that the log's tail had
             }
             self.store.replay_done();
@@ -267,21 +273,19 @@ impl Shard {
     /// Make a copyset live from what the log says of it.
     pub(super) fn start_copyset(&mut self, id: CopysetId) -> Result<(), Failure> {
         let config = copyset::Config {
-            tick_ms: self.config.election_ms / 10,
-            election_ticks: 10,
-            heartbeat_ticks: 3,
             seed: self.config.seed ^ id.0.rotate_left(17),
             // What is proposed is bounded by the shard: it makes writes wait, a copyset would refuse them (rule 25).
             max_waiting: usize::MAX,
             max_waiting_bytes: usize::MAX,
-            ..copyset::Config::new(id, self.config.peer, 0)
+            ..copyset::Config::new(id, self.config.peer, 0).with_election_timeout(self.config.election_ms * 1_000_000)
         };
         let checkpoint =
             self.log.borrow().index(id).map(|i| (i.checkpoint().incarnation, i.checkpoint().applied_index));
         let Some((incarnation, applied)) = checkpoint else {
             return Err(Failure::Copyset(id, "the log does not know it".into()));
         };
-        let raft = Copyset::new(config, Rc::clone(&self.log)).map_err(|e| Failure::Copyset(id, e.to_string()))?;
+        let raft =
+            Copyset::new(config, Rc::clone(&self.log), self.now.0).map_err(|e| Failure::Copyset(id, e.to_string()))?;
         let group = Group {
             raft,
             applied,

@@ -34,6 +34,11 @@ pub(super) fn change_of(context: &[u8], payload_len: usize) -> Option<(u64, Chan
 }
 
 impl Follow {
+    /// The log starts anew: the views are to be made again.
+    pub(super) fn forget(&mut self) {
+        self.admitted = None;
+    }
+
     /// True if `index` and what is before it are in the views as the log has it.
     fn knows(&self, log: &Index, applied: u64) -> Option<u64> {
         let (at, term) = self.admitted?;

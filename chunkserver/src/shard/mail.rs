@@ -1,7 +1,8 @@
 //! What replicas of a copyset tell each other: plain values between a shard and the transport.
 
 use bytes::Bytes;
-use copyset::raft::eraftpb::{Message, MessageType};
+use copyset::raft::eraftpb::Message;
+use copyset::{Lane, lane};
 use raftlog::CopysetId;
 
 /// A message from one replica of a copyset to another one.
@@ -35,11 +36,7 @@ impl PeerMail {
     /// Votes, heartbeats and lease rounds have a small connection of their own (rule 23).
     #[must_use]
     pub fn urgent(&self) -> bool {
-        let PeerBody::Raft(message) = &self.body else { return false };
-        !matches!(
-            message.get_msg_type(),
-            MessageType::MsgAppend | MessageType::MsgAppendResponse | MessageType::MsgSnapshot
-        )
+        matches!(&self.body, PeerBody::Raft(message) if lane(message.get_msg_type()) == Lane::Control)
     }
 
     /// Payload bytes it keeps in memory.

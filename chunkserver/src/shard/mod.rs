@@ -7,14 +7,21 @@
 mod admin;
 mod apply;
 mod boot;
+mod bulk;
+mod catchup;
+mod effects;
 pub mod entry;
 mod flush;
 mod follow;
+mod install;
+mod lease;
 pub mod mail;
+mod members;
 mod peers;
 mod propose;
 mod read;
 pub mod request;
+mod supply;
 #[cfg(test)]
 mod tests;
 
@@ -133,6 +140,7 @@ enum Task {
     Round(chunk::IoId),
     Read { job: usize, piece: usize },
     Fetch { copyset: CopysetId, index: u64 },
+    CatchUp { copyset: CopysetId, index: u64, term: u64 },
 }
 
 /// A proposal whose outcome is awaited.
@@ -180,6 +188,12 @@ pub struct Shard {
     proposed_cost: u64,
     admin: Vec<admin::Pending>,
     peers: peers::Peers,
+    catch_up: catchup::CatchUp,
+    installs: install::Installs,
+    supply: supply::Supply,
+    members: members::Members,
+    /// Reads that wait for a quorum's word that this replica still leads.
+    parked: Slab<Request>,
     flush: flush::Flush,
     state: State,
     extents: Arc<ExtentPool>,
@@ -243,13 +257,22 @@ impl Shard {
             (Task::Round(_), Done::Write(Err(error)) | Done::Sync(Err(error))) => self.fail(Failure::WriteBack(error)),
             (Task::Read { job, piece }, Done::Read { buf, result }) => self.read_done(job, piece, buf, result, out),
             (Task::Fetch { copyset, index }, Done::Read { buf, result }) => self.fetched(copyset, index, buf, result),
+            (Task::CatchUp { copyset, index, term }, Done::Read { buf, result }) => {
+                self.read_back_done(copyset, (index, term), buf, result);
+            }
             (_, done) => unreachable!("a disk operation came back as {done:?}"),
         }
+        self.supply_step(out);
+    }
+
+    /// What time it is. To be called after a turn's input was received and before it is handed in: a lease counts by it.
+    pub fn observe(&mut self, now: Instant) {
+        self.now = self.now.max(now);
     }
 
     /// Do what this turn's events made possible: raft, log writes, write-back, waiting reads.
     pub fn end_turn(&mut self, now: Instant, out: &mut Effects) {
-        self.now = now;
+        self.observe(now);
         match self.state {
             State::Failed(_) | State::Stopped => return self.refuse_all(Outcome::DiskFail, out),
             State::Boot(_) => {
@@ -283,8 +306,11 @@ impl Shard {
             self.seal_at = Instant::FAR;
         }
         self.write_log(out);
+        self.catch_up_step(out);
+        self.install_step(out);
         self.start_waiting_reads(out);
         self.replay_step();
+        self.supply_step(out);
         self.drain_step(out);
         self.publish();
     }
@@ -312,7 +338,13 @@ impl Shard {
                 } else {
                     Instant::FAR
                 };
-                self.flush_deadline().min(self.next_tick).min(self.seal_at).min(self.fetch_at).min(retry).min(over)
+                self.flush_deadline()
+                    .min(self.install_deadline())
+                    .min(self.next_tick)
+                    .min(self.seal_at)
+                    .min(self.fetch_at)
+                    .min(retry)
+                    .min(over)
             }
             State::Boot(_) => self.boot_deadline(),
             State::Stopped | State::Failed(_) => Instant::FAR,
@@ -352,6 +384,7 @@ impl Shard {
         match self.state {
             State::Serving => {
                 self.state = State::Draining { sealed: None, until: self.now.after_ms(DRAIN_MS) };
+                self.hand_over();
             }
             State::Boot(_) => self.state = State::Stopped,
             _ => {}
@@ -381,7 +414,7 @@ impl Shard {
         let State::Draining { sealed, .. } = &mut self.state else { return };
         let mut log = self.log.borrow_mut();
         match *sealed {
-            None if self.waiting.is_empty() && self.reads.is_empty() => {
+            None if self.waiting.is_empty() && self.reads.is_empty() && self.parked.is_empty() => {
                 *sealed = Some(log.seal().unwrap_or_else(|| log.durable_seq()));
             }
             Some(seq) if log.durable_seq() >= seq => self.state = State::Stopped,
@@ -407,9 +440,12 @@ impl Shard {
         for job in std::mem::take(&mut self.reads).into_iter().map(|(_, job)| job.origin) {
             reply(out, job, outcome);
         }
-        for pending in std::mem::take(&mut self.admin) {
-            reply(out, pending.origin, outcome);
+        let parked = std::mem::take(&mut self.parked).into_iter().map(|(_, request)| request.origin);
+        let admin = std::mem::take(&mut self.admin).into_iter().map(|pending| pending.origin);
+        for origin in parked.chain(admin).chain(self.members.give_up(None)) {
+            reply(out, origin, outcome);
         }
+        self.stop_supply(out);
         self.in_flight_bytes = 0;
         self.read_queue.clear();
     }
@@ -446,26 +482,6 @@ impl Shard {
         }
         self.all_ready();
         worked
-    }
-
-    fn raft_effect(&mut self, id: CopysetId, effect: Effect, out: &mut Effects) {
-        match effect {
-            Effect::Apply(committed) => {
-                let Some(group) = self.groups.get_mut(&id) else { return };
-                group.queue.push_back(committed);
-                if !std::mem::replace(&mut group.applying, true) {
-                    self.applying.push(id);
-                }
-            }
-            Effect::Dropped { cookie, may_commit } => self.dropped(id, cookie, may_commit, out),
-            Effect::Send(message) => {
-                let (from, to) = (message.from, message.to);
-                out.mail.push(mail::PeerMail { copyset: id, from, to, body: mail::PeerBody::Raft(message) });
-            }
-            Effect::LeaderChanged { leader, term, ready } => {
-                tracing::debug!(copyset = ?id, leader, term, ready, "leader changed");
-            }
-        }
     }
 
     /// Start as many log writes as may be in flight.

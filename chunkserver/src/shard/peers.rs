@@ -5,12 +5,14 @@
 //! number of messages; what finds no slot is cut off, and the leader offers it again. Memory for what others lead is
 //! not taken from what is proposed here, nor the other way round: two nodes never wait for each other.
 
+use super::bulk::Bulk;
 use super::entry::Header;
 use super::follow::change_of;
 use super::mail::{PeerBody, PeerMail};
-use super::{Effects, Shard};
+use super::{Effects, Shard, State};
 use crate::chunk::Change;
 use crate::metrics::Counter;
+use bytes::Bytes;
 use copyset::raft::eraftpb::{Entry, EntryType, Message, MessageType};
 use raftlog::{BLOCK, CopysetId, crc32c};
 use smallvec::SmallVec;
@@ -25,23 +27,34 @@ pub(super) struct Peers {
     /// Payloads in memory of entries that are logged and not applied, of copysets led elsewhere.
     pub(super) tail_bytes: usize,
     /// Of appends that raft was given and the log not yet.
-    stepped_bytes: usize,
+    pub(super) stepped_bytes: usize,
     /// Copysets with appends that wait for room, each with its messages in order.
     held: Vec<(CopysetId, VecDeque<Message>)>,
 }
 
+impl Peers {
+    /// A copyset is gone.
+    pub(super) fn forget(&mut self, id: CopysetId) {
+        self.held.retain(|held| held.0 != id);
+    }
+}
+
 impl Shard {
     /// A message of a replica of one of this shard's copysets. What cannot be used is dropped: raft repeats what matters.
-    pub fn peer_mail(&mut self, mail: PeerMail, _out: &mut Effects) {
-        if !self.serving() || !self.replay_over {
+    pub fn peer_mail(&mut self, mail: PeerMail, out: &mut Effects) {
+        if !matches!(self.state, State::Serving | State::Draining { .. }) || !self.extents.is_open() {
             return;
         }
         let PeerMail { copyset: id, from, to, body } = mail;
-        let PeerBody::Raft(message) = body else { return };
         let known = self.groups.get(&id).filter(|group| !group.damaged);
-        if known.is_none_or(|group| group.raft.peer() != to) || message.from != from || message.to != to {
+        if known.is_none_or(|group| group.raft.peer() != to) {
             return self.metrics.add(Counter::PeerRefused, 1);
         }
+        let message = match body {
+            PeerBody::Raft(message) if message.from == from && message.to == to => message,
+            PeerBody::Raft(_) => return self.metrics.add(Counter::PeerRefused, 1),
+            PeerBody::Bulk { head, payload } => return self.bulk(id, from, &head, payload, out),
+        };
         if message.get_msg_type() == MessageType::MsgAppend && !message.get_entries().is_empty() {
             self.append(id, *message);
         } else {
@@ -49,9 +62,27 @@ impl Shard {
         }
     }
 
+    fn bulk(&mut self, id: CopysetId, from: u64, head: &[u8], payload: Bytes, out: &mut Effects) {
+        match Bulk::decode(head) {
+            Ok(Bulk::AskList { index, from: first }) => self.supply_list(id, from, index, first, out),
+            Ok(Bulk::AskPiece { index, chunk, offset, len }) => {
+                self.supply_piece(id, from, index, (chunk, offset, len), out);
+            }
+            Ok(Bulk::List { index, from: first, more, chunks }) => self.listed(id, from, index, first, more, chunks),
+            Ok(piece @ Bulk::Piece { .. }) => self.piece(id, from, piece, payload),
+            Err(error) => {
+                tracing::warn!(copyset = ?id, from, %error, "a peer's message is refused");
+                self.metrics.add(Counter::PeerRefused, 1);
+            }
+        }
+    }
+
     /// The transport threw mail to this peer away: of one copyset, or of all, when the connection is gone.
     pub fn peer_lost(&mut self, peer: u64, copyset: Option<CopysetId>) {
-        tracing::debug!(shard = self.config.shard, peer, ?copyset, "a peer is out of reach");
+        match copyset {
+            Some(id) => self.groups.get_mut(&id).into_iter().for_each(|group| group.raft.unreachable(peer)),
+            None => self.groups.values_mut().for_each(|group| group.raft.unreachable(peer)),
+        }
     }
 
     /// This replica leads a copyset and may propose.
@@ -62,7 +93,7 @@ impl Shard {
 
     fn step(&mut self, id: CopysetId, message: Message) {
         let Some(group) = self.groups.get_mut(&id) else { return };
-        if let Err(error) = group.raft.step(message) {
+        if let Err(error) = group.raft.step(self.now.0, message) {
             tracing::debug!(copyset = ?id, %error, "a peer's message is refused");
             self.metrics.add(Counter::PeerRefused, 1);
         }
@@ -193,51 +224,14 @@ impl Shard {
         let memory = ours == 0 || self.store.pinned_bytes() as usize + ours + len <= self.config.dirty_limit;
         memory && self.log.borrow().has_room(self.proposed_cost + cost, len)
     }
-
-    /// A copyset's raft has said what it wants done.
-    pub(super) fn after_ready(&mut self, id: CopysetId) {
-        if self.replay_over {
-            self.follow_log(id);
-        }
-        let ticks = self.groups.get(&id).is_some_and(|group| group.raft.needs_ticks());
-        if ticks && self.next_tick > self.now.after_ms(self.tick_ms()) {
-            self.next_tick = self.now.after_ms(self.tick_ms());
-        }
-    }
-
-    /// All of raft's news of this turn is in the log.
-    pub(super) fn all_ready(&mut self) {
-        self.proposed_cost = 0;
-        self.peers.stepped_bytes = 0;
-    }
-
-    fn tick_ms(&self) -> u64 {
-        (self.config.election_ms / 10).max(1)
-    }
-
-    /// Raft time. Sole voters need none; a missed tick is dropped. A copyset that lost part of its log neither votes nor
-    /// asks for votes (rule 21).
-    pub(super) fn tick(&mut self) {
-        if self.now < self.next_tick {
-            return;
-        }
-        self.next_tick = crate::io::Instant::FAR;
-        let next = self.now.after_ms(self.tick_ms());
-        for (&id, group) in self.groups.iter_mut().filter(|(_, group)| group.raft.needs_ticks() && !group.damaged) {
-            self.next_tick = next;
-            group.raft.tick();
-            if group.raft.dirty() && !std::mem::replace(&mut group.dirty, true) {
-                self.dirty.push(id);
-            }
-        }
-    }
 }
 
 /// Cut a message in two, the first with `count` entries.
 fn split(message: &mut Message, count: usize) -> Message {
+    let mut entries = message.take_entries().into_vec();
     let mut rest = message.clone();
-    rest.mut_entries().drain(..count);
-    message.mut_entries().truncate(count);
+    rest.set_entries(entries.split_off(count).into());
+    message.set_entries(entries.into());
     if let Some(last) = message.get_entries().last() {
         (rest.index, rest.log_term) = (last.index, last.term);
     }

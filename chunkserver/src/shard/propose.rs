@@ -18,20 +18,20 @@ impl Shard {
             return reply(out, request.origin, Outcome::CrcFail);
         }
         // A checksum may be asked of any replica; everything else only of a leader that has caught up with itself.
-        if !group.raft.is_leader_ready() && !matches!(op, ChunkOp::Hash { .. }) {
+        if !group.raft.may_read_index() && !matches!(op, ChunkOp::Hash { .. }) {
             return self.redirect(request.copyset, request.origin, out);
         }
         match *op {
-            ChunkOp::Read { offset, len } => self.read(request.origin, request.copyset, chunk, offset, len, out),
-            ChunkOp::Hash { offset, len } => self.hash(request.origin, request.copyset, chunk, offset, len, out),
-            ChunkOp::Info => {
-                let versions = self.store.info(request.copyset, chunk).unwrap_or_default();
-                let applied_index = group.applied;
-                let data = ReplyData::Versions(versions);
-                out.replies.push(Reply { origin: request.origin, outcome: Outcome::Success, applied_index, data });
+            ChunkOp::Read { .. } | ChunkOp::Info => {
+                if let Some(request) = self.may_read(request, out) {
+                    self.read_now(&request, out);
+                }
             }
+            ChunkOp::Hash { offset, len } => self.hash(request.origin, request.copyset, chunk, offset, len, out),
             ChunkOp::Write { .. } | ChunkOp::Delete { .. } | ChunkOp::Zero { .. } => {
-                if !self.deferred.is_empty() || !self.has_room(op) {
+                if !group.raft.is_leader_ready() {
+                    self.redirect(request.copyset, request.origin, out);
+                } else if self.writes_wait() || !self.has_room(op) {
                     self.deferred.push_back(request);
                 } else {
                     self.propose(request, out);

@@ -31,18 +31,28 @@ impl Copyset {
 
     pub(super) fn one_ready(&mut self, out: &mut Vec<Effect>) {
         let mut ready = self.raw.ready();
-        assert!(ready.snapshot().is_empty(), "raft snapshots are screened out");
+        assert!(ready.snapshot().is_empty(), "raft-rs is never given a snapshot");
         self.append(ready.take_entries());
         let mut kept = ready.take_persisted_messages();
-        if self.vote_seq > self.durable {
-            kept.append(&mut ready.take_messages());
-        } else {
-            out.extend(ready.take_messages().into_iter().map(send));
+        let mut free = ready.take_messages();
+        for message in &free {
+            self.count(message);
+            self.note_offer(message, out);
         }
+        if self.vote_seq > self.durable {
+            kept.append(&mut free);
+        } else {
+            // Answers that speak of the term only. A slow disk must not cost the leader its lease.
+            free.extend(kept.extract_if(.., |message| speaks_of_term_only(message)));
+        }
+        out.extend(free.into_iter().map(send));
         let committed = ready.take_committed_entries();
         let number = ready.number();
         self.raw.advance_append_async(ready);
         self.hold(number, kept);
+        if self.suspicion.holds() {
+            self.weigh_suspicion();
+        }
         for entry in committed {
             self.emit(entry, out);
         }
@@ -121,10 +131,14 @@ impl Copyset {
         if self.members_with(change) > MEMBERS_MAX {
             return;
         }
-        let epoch = self.conf().epoch;
+        let before = self.conf().clone();
         let Ok(state) = self.raw.apply_conf_change(change) else { return };
-        let finished = state.get_voters_outgoing().is_empty();
-        self.history.push(index, ConfState::from_raft(&state, epoch + u64::from(finished)));
+        let mut conf = ConfState::from_raft(&state, before.epoch);
+        // Curve counts changes of the voters, once each; a joint stage counts when it ends.
+        let old = if before.joint() { &before.voters_outgoing } else { &before.voters };
+        conf.epoch += u64::from(!conf.joint() && conf.voters != *old);
+        self.history.push(index, conf);
+        self.conf_changed();
         let raft = &mut self.raw.raft;
         if raft.state == StateRole::Leader && raft.prs().get(raft.id).is_none() {
             // raft-rs would stay leader and fail at its next persisted entry.
@@ -132,6 +146,10 @@ impl Copyset {
             raft.become_follower(term, 0);
         }
     }
+}
+
+fn speaks_of_term_only(message: &Message) -> bool {
+    matches!(message.get_msg_type(), MessageType::MsgHeartbeatResponse | MessageType::MsgRequestPreVoteResponse)
 }
 
 pub(super) fn send(message: Message) -> Effect {

@@ -92,10 +92,12 @@ impl Copyset {
     pub fn awaits_log(&self) -> bool {
         !self.held.is_empty()
     }
-    /// Elections and heartbeats matter: there are voters, and not this one alone.
+    /// Elections and heartbeats matter: there are voters, and this one is not the only member.
     #[must_use]
     pub fn needs_ticks(&self) -> bool {
-        !self.conf().voters.is_empty() && !self.conf().sole_voter(self.config.peer)
+        let conf = self.conf();
+        let alone = conf.sole_voter(self.config.peer) && conf.learners.is_empty();
+        !conf.voters.is_empty() && (!alone || self.plan.is_some())
     }
     /// Cookies of the proposals made here that are not committed yet.
     pub fn waiting_cookies(&self) -> impl Iterator<Item = u64> + '_ {

@@ -189,6 +189,13 @@ impl Cluster {
         }
     }
 
+    /// Another machine in its place, before anything is on it.
+    pub(super) fn replace(&mut self, node: usize, setup: Setup) {
+        self.nodes[node] = World::new(setup, self.rng.next());
+        self.nodes[node].now = self.now;
+        self.until("start-up ends", |c| c.nodes[node].shard().serving());
+    }
+
     /// Cut a node off from all others, both ways.
     pub(super) fn isolate(&mut self, node: usize) {
         for other in 0..self.nodes.len() {

@@ -218,7 +218,9 @@ impl World {
         self.next_slot += 1;
         self.owed.insert(slot, ());
         let origin = Origin { shard: 0, slot, serial: slot };
+        let now = self.now;
         let mut effects = std::mem::take(&mut self.effects);
+        self.shard().observe(now);
         self.shard().request(Request { copyset, op, origin }, &mut effects);
         self.effects = effects;
         self.pending_turn = true;
@@ -255,7 +257,9 @@ impl World {
                 entry.data = buf.freeze();
             }
         }
+        let now = self.now;
         let mut effects = std::mem::take(&mut self.effects);
+        self.shard().observe(now);
         self.shard().peer_mail(mail, &mut effects);
         self.effects = effects;
         self.pending_turn = true;
