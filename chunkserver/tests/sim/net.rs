@@ -546,7 +546,7 @@ mod tests {
         let from = Route { node: 1, shard: 0, life: 1, token: Token(7) };
         wire.net.publish(address(1), 0, LISTENER);
         wire.net.publish(address(2), 2, LISTENER);
-        let mut dial = |wire: &mut Wire, to| {
+        let dial = |wire: &mut Wire, to| {
             wire.net.dial(wire.now, &mut wire.rng, from, &address(to), 50_000_000);
             wire.run();
             match wire.done.pop() {
