@@ -56,16 +56,18 @@ impl Shared {
     }
 }
 
-/// Runs `engine` against `addr` until it is over and returns it with the phase's length in nanoseconds. `epoch` is
-/// the moment its times count from; `progress` grows by every answer.
+/// Runs `engine` against the nodes at `addrs`, with `conns` connections to each, until it is over and returns it with
+/// the phase's length in nanoseconds. `epoch` is the moment its times count from; `progress` grows by every answer.
 pub fn run(
     engine: Engine,
-    addr: SocketAddr,
+    addrs: &[SocketAddr],
     conns: usize,
     epoch: Instant,
     progress: &Arc<AtomicU64>,
 ) -> std::io::Result<(Engine, u64)> {
     let progress = Arc::clone(progress);
+    let addrs: Vec<SocketAddr> = addrs.iter().flat_map(|addr| std::iter::repeat_n(*addr, conns.max(1))).collect();
+    let conns = addrs.len();
     tokio_uring::start(async move {
         let shared = Rc::new(Shared {
             engine: RefCell::new(engine),
@@ -79,7 +81,8 @@ pub fn run(
         });
         let timer = Timer::new()?;
         let mut tasks = vec![tokio_uring::spawn(tick(Rc::clone(&shared), timer))];
-        tasks.extend((0..conns).map(|conn| tokio_uring::spawn(connection(Rc::clone(&shared), addr, conn))));
+        let keep = |(conn, addr)| tokio_uring::spawn(connection(Rc::clone(&shared), addr, conn));
+        tasks.extend(addrs.into_iter().enumerate().map(keep));
         shared.over.notified().await;
         let end = shared.now();
         shared.stopped.set(true);

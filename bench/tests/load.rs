@@ -143,7 +143,7 @@ fn a_server_that_babbles_or_vanishes_ends_the_run_in_time() {
     let fake = Fake::start(|_, _| Act::Babble);
     let report = run(&fake, "--seconds 0.3 --warmup 0 --give-up 0.3");
     assert!(report.write.ops == 0 && report.disconnects > 0 && report.unanswered > 0, "{report}");
-    let error = rpc::run(&Args { addr: "127.0.0.1:1".into(), ..args(&fake, "") });
+    let error = rpc::run(&Args { addr: Some("127.0.0.1:1".into()), ..args(&fake, "") });
     assert!(error.is_err());
 }
 
