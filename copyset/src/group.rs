@@ -311,8 +311,8 @@ impl Copyset {
     /// If that was never handed out.
     pub fn applied(&mut self, index: u64) {
         assert!(index <= self.emitted.0, "entry {index} was not handed out for apply");
-        if index <= self.applied {
-            return;
+        if index <= self.applied || self.installing.is_some() {
+            return; // what is being installed holds it already
         }
         self.applied = index;
         self.applied_term = self.term_at(index);

@@ -3,8 +3,8 @@
 use super::Copyset;
 use crate::effect::Effect;
 use crate::window::Limits;
-use raft::eraftpb::{Message, MessageType};
 use raft::ProgressState;
+use raft::eraftpb::{Message, MessageType};
 
 impl Copyset {
     /// Messages to this peer were lost, or its connection: replication asks again how far it is.
