@@ -313,7 +313,10 @@ impl Client {
         let per_chunk = c.nodes[node].blocks();
         let first = c.rng.below(per_chunk as usize) as u32;
         let blocks = 1 + c.rng.below((per_chunk - first).min(4) as usize) as u32;
+        // Each answer that says nothing doubles what may be: look before it is too much.
+        let unsure = self.chunks[chunk].states.len() > 8;
         let what = match c.rng.below(12) {
+            _ if unsure => What::Read,
             0 => What::Delete,
             1 => What::Zero { first, blocks },
             2..=4 => What::Read,
