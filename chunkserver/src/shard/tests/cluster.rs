@@ -241,15 +241,18 @@ impl Cluster {
     pub(super) fn compare(&mut self, id: CopysetId, chunks: u64) {
         let len = self.nodes[0].setup.chunk_size;
         for chunk in 0..chunks {
-            let mut hashes = Vec::new();
+            let (mut hashes, mut told) = (Vec::new(), Vec::new());
             for n in 0..self.nodes.len() {
                 if self.nodes[n].is_up() && self.nodes[n].shard().groups.contains_key(&id) {
                     let reply = self.ask(n, id, RequestOp::Chunk { chunk, op: ChunkOp::Hash { offset: 0, len } });
                     let ReplyData::Hash(hash) = reply.data else { panic!("no hash: {reply:?}") };
+                    let shard = self.nodes[n].shard();
+                    let (first, applied) = (shard.groups[&id].raft.first_index(), shard.groups[&id].applied);
+                    told.push((n, hash, first, applied, shard.store.chunk_info(id, chunk)));
                     hashes.push(hash);
                 }
             }
-            assert!(hashes.windows(2).all(|w| w[0] == w[1]), "{id:?} chunk {chunk}: replicas differ: {hashes:?}");
+            assert!(hashes.windows(2).all(|w| w[0] == w[1]), "{id:?} chunk {chunk}: replicas differ: {told:#?}");
         }
     }
 }
