@@ -221,6 +221,7 @@ impl Cluster {
 
     /// Until all replicas have applied the same, and nothing is promised or held back anywhere.
     pub(super) fn quiesce(&mut self, ids: &[CopysetId]) {
+        self.until("start-up ends", |c| c.nodes.iter_mut().filter(|n| n.is_up()).all(|n| n.shard().serving()));
         for &id in ids {
             self.wait_leader(id);
             self.until("all replicas apply the same", |c| {

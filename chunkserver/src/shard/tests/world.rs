@@ -248,7 +248,8 @@ impl World {
     pub(super) fn receive(&mut self, mut mail: PeerMail) -> bool {
         if let PeerBody::Raft(message) = &mut mail.body {
             // A membership change carries no payload.
-            let carries = |entry: &&mut Entry| entry.get_entry_type() == EntryType::EntryNormal && !entry.data.is_empty();
+            let carries =
+                |entry: &&mut Entry| entry.get_entry_type() == EntryType::EntryNormal && !entry.data.is_empty();
             for entry in message.mut_entries().iter_mut().filter(carries) {
                 let Some(mut buf) = self.arenas.payload.alloc(entry.data.len()) else {
                     self.shard().want_memory();
