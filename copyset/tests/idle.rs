@@ -1,5 +1,5 @@
 //! What a thousand idle copysets cost. A report, no limit: machines differ (`--nocapture`).
-#![allow(clippy::unwrap_used, clippy::print_stdout)]
+#![allow(clippy::unwrap_used, clippy::print_stdout, clippy::disallowed_types)] // measures
 
 mod common;
 
@@ -45,9 +45,8 @@ fn a_thousand_idle_copysets() {
     assert_eq!(leading, GROUPS, "each has a leader with a lease");
     let share = spent["idle"].as_secs_f64() / SECONDS as f64 / GROUPS as f64 / 3.0 * 1000.0;
     println!(
-        "1000 idle replicas (of {GROUPS} groups measured): {:.2} % of a core, {} messages/s each",
+        "1000 idle replicas (of {GROUPS} groups measured, test and all): {:.2} % of a core, {} messages/s each",
         share * 100.0,
         messages / SECONDS / GROUPS as u64 / 3
     );
-    assert!(share < 1.0, "a debug build takes less than a core, too");
 }

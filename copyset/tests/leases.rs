@@ -116,7 +116,7 @@ fn reads_without_a_lease_ask_a_quorum() {
     net.run(100 * MS);
     assert_eq!(net.node(leader).copyset.reads_waiting(), 1);
     net.heal();
-    net.run(100 * MS);
+    net.run(150 * MS);
     assert_eq!(net.index_reads, 2);
     // Leadership is lost: no read stays behind.
     net.isolate(leader);
@@ -207,17 +207,21 @@ fn a_short_pause_ends_no_leadership() {
 
 #[test]
 fn an_election_takes_less_than_two_timeouts() {
-    let mut longest = 0;
-    for seed in 0..40 {
+    let mut took = Vec::new();
+    for seed in 0..100 {
         let mut net = Net::new(3, 100 + seed);
         let leader = net.await_leader(3000);
         net.run(200 * MS + seed * 7 * MS);
         net.down.insert(leader);
         let down = net.time;
         net.await_that(5000, "another leader", |net| net.leader());
-        longest = longest.max(net.time - down);
+        took.push((net.time - down) / MS);
         net.assert_clean();
     }
-    println!("longest of 40 elections: {} ms, T = 400 ms", longest / MS);
-    assert!(longest <= 2 * T + T / 4, "{} ms", longest / MS);
+    took.sort_unstable();
+    println!(
+        "100 elections, T = 400 ms: median {} ms, 95 of them within {} ms, all within {} ms",
+        took[50], took[94], took[99]
+    );
+    assert!(took[94] <= 2 * T / MS && took[99] <= 5 * T / 2 / MS, "{took:?}");
 }

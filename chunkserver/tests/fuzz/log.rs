@@ -381,10 +381,10 @@ fn start(log: Log, rng: &mut Rng) -> usize {
     for id in ids {
         let conf = log.borrow().index(id).map(|index| ConfState::decode(&index.checkpoint().conf));
         let config = copyset::Config::new(id, 1, rng.next());
-        let Ok(mut copyset) = Copyset::new(config, Rc::clone(&log)) else { continue };
+        let Ok(mut copyset) = Copyset::new(config, Rc::clone(&log), 0) else { continue };
         assert!(matches!(conf, Some(Ok(_))), "an unreadable configuration is refused");
         let mut effects = Vec::new();
-        for _ in 0..4 {
+        for turn in 0..4 {
             copyset.ready(&mut effects);
             for effect in effects.drain(..) {
                 if let copyset::Effect::Apply(committed) = effect {
@@ -392,7 +392,7 @@ fn start(log: Log, rng: &mut Rng) -> usize {
                     copyset.applied(committed.index);
                 }
             }
-            copyset.tick();
+            copyset.tick(turn * 1_000_000_000);
         }
         started += 1;
     }

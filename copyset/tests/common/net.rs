@@ -119,6 +119,8 @@ impl Net {
         self.clocks.insert(peer, clock);
         node.now = self.now(peer);
         node.copyset = copyset::Copyset::new(node.config.clone(), node.log.clone(), node.now).unwrap();
+        // Ticks of different nodes fall apart.
+        self.ticked.insert(peer, self.time + self.rng.below(node.config.tick_ns()));
         self.nodes.insert(peer, node);
     }
 
@@ -158,7 +160,7 @@ impl Net {
     fn turn(&mut self, peer: u64) {
         let tick_ns = self.nodes[&peer].config.tick_ns();
         let ticked = self.ticked.get(&peer).copied().unwrap_or(0);
-        if self.time - ticked >= tick_ns {
+        if self.time >= ticked + tick_ns {
             self.ticked.insert(peer, self.time);
             let missed = if self.fault == Fault::TickBurst { (self.time - ticked) / tick_ns } else { 1 };
             let node = self.node(peer);
@@ -190,7 +192,7 @@ impl Net {
         let node = self.node(peer);
         let messages = std::mem::take(&mut node.outgoing);
         let offers = std::mem::take(&mut node.offers);
-        messages.into_iter().for_each(|message| self.send(message));
+        messages.iter().for_each(|message| self.send(message));
         for (from, index) in offers {
             if !self.transfers.iter().any(|t| t.1 == peer && t.3 == index) {
                 let due = self.time + 5 * MS + self.rng.below(100 * MS);
@@ -199,7 +201,7 @@ impl Net {
         }
     }
 
-    fn send(&mut self, message: Message) {
+    fn send(&mut self, message: &Message) {
         let Weather { delay_ns: (low, high), lose_one_in, duplicate_one_in, .. } = self.weather;
         if lose_one_in > 0 && self.rng.one_in(lose_one_in) {
             return;
@@ -220,7 +222,8 @@ impl Net {
             let ((_, number), message) = entry.remove_entry();
             let (from, to) = (message.from, message.to);
             if self.paused.contains(&to) {
-                later.push(((self.time + 3 * QUANTUM, number), message)); // waits in the socket
+                let due = (self.time / (8 * QUANTUM) + 1) * 8 * QUANTUM;
+                later.push(((due, number), message)); // waits in the socket
             } else if !self.cut.contains(&(from, to)) && !self.down.contains(&to) && self.nodes.contains_key(&to) {
                 self.step(to, message);
             }
@@ -265,7 +268,7 @@ impl Net {
         }
     }
 
-    fn violate(&mut self, what: String) {
+    fn violate(&mut self, what: &str) {
         if self.violations.len() < 8 {
             self.violations.push(format!("at {} ms: {what}", self.time / MS));
         }
@@ -286,23 +289,23 @@ impl Net {
         for (index, term, context) in facts {
             let fact = (term, context);
             if self.facts.entry(index).or_insert_with(|| fact.clone()) != &fact {
-                self.violate(format!("{peer} applies another entry {index} than was committed"));
+                self.violate(&format!("{peer} applies another entry {index} than was committed"));
             }
         }
         if mismatches > 0 {
-            self.violate(format!("{peer} applies other entries than in its earlier life"));
+            self.violate(&format!("{peer} applies other entries than in its earlier life"));
         }
         if role == Role::Leader {
             let first = *self.leaders.entry(term).or_insert(peer);
             if first != peer {
-                self.violate(format!("{first} and {peer} lead term {term}"));
+                self.violate(&format!("{first} and {peer} lead term {term}"));
             }
         }
         if lease {
             self.lease_reads += 1;
             if applied < self.answered {
                 let must = self.answered;
-                self.violate(format!("{peer} may read at {applied}, but {must} was answered"));
+                self.violate(&format!("{peer} may read at {applied}, but {must} was answered"));
             }
         }
         for (cookie, must, ok) in done {
@@ -310,7 +313,7 @@ impl Net {
             if ok {
                 self.index_reads += 1;
                 if applied < must {
-                    self.violate(format!("{peer} answers a read at {applied} that must see {must}"));
+                    self.violate(&format!("{peer} answers a read at {applied} that must see {must}"));
                 }
             }
         }
@@ -435,7 +438,7 @@ impl Net {
                 }
             }
         }
-        wrong.into_iter().for_each(|what| self.violate(what));
+        wrong.iter().for_each(|what| self.violate(what));
     }
 
     pub fn assert_clean(&self) {
