@@ -31,7 +31,7 @@ pub struct Config {
     pub max_inflight_requests: u32,
     /// Payload bytes per shard that may wait for write-back.
     pub dirty_limit: ByteSize,
-    /// Dirty data older than this is written back, milliseconds.
+    /// Dirty data older than this is written back, milliseconds; a tenth of it when nothing is written meanwhile.
     pub flush_age_ms: u64,
     /// Memory per shard for payloads on their way in; larger than `dirty_limit`.
     pub payload_buffers: ByteSize,

@@ -91,6 +91,8 @@ pub struct Reactor<I: Io> {
     unread: Vec<usize>,
     /// Connections with something to send or to re-arm at the end of the turn.
     touched: Vec<usize>,
+    /// An empty list for whoever takes one of the two above, so that none is allocated each turn.
+    spare: Vec<usize>,
     waiting: Slab<Waiting>,
     gathers: Slab<Gather>,
     jobs: Slab<Job>,
@@ -141,6 +143,7 @@ impl<I: Io> Reactor<I> {
             conns: Slab::new(),
             unread: Vec::new(),
             touched: Vec::new(),
+            spare: Vec::new(),
             waiting: Slab::with_capacity(1024),
             gathers: Slab::new(),
             jobs: Slab::new(),

@@ -29,7 +29,7 @@ pub struct ConfState {
     pub learners_next: Vec<u64>,
     /// The joint stage ends by itself once applied.
     pub auto_leave: bool,
-    /// Curve's ConfEpoch: one more at every new leader's first entry and at every finished membership change.
+    /// Curve's ConfEpoch: one more at every new leader's first entry and at every finished change of the voters.
     pub epoch: u64,
 }
 

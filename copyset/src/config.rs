@@ -67,10 +67,11 @@ impl Config {
         self
     }
 
-    /// How often to call `Copyset::tick`. A later call makes elections later, nothing else.
+    /// How often to call `Copyset::tick`, T/20: followers that lost a leader differ in how long they wait by up to T/2,
+    /// and should not meet on the same tick. A later call makes elections later, nothing else.
     #[must_use]
     pub const fn tick_ns(&self) -> u64 {
-        self.heartbeat_ns / 2
+        self.heartbeat_ns / 4
     }
 
     /// Append messages that fill the window if each is as long as it may be.

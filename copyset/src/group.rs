@@ -27,7 +27,7 @@ use crate::fetch::Fetches;
 use crate::history::History;
 use crate::lease::Lease;
 use crate::plan::Plan;
-use crate::proposals::Proposals;
+use crate::proposals::{Contexts, Proposals};
 use crate::reads::Reads;
 use crate::restore::{self, Error, Start};
 use crate::rng::Rng;
@@ -36,7 +36,7 @@ use crate::storage::LogStorage;
 use crate::suspicion::Suspicion;
 use crate::time::Time;
 use crate::window::Window;
-use bytes::{BufMut, Bytes, BytesMut};
+use bytes::Bytes;
 use raft::eraftpb::{self, ConfChangeV2, Message};
 use raft::{RaftState, RawNode, StateRole, Storage};
 use raftlog::{BLOCK, Checkpoint, HardState, Log, Seq};
@@ -89,6 +89,7 @@ pub struct Copyset {
     /// Term and role as last looked at.
     seen: (u64, StateRole),
     proposals: Proposals,
+    contexts: Contexts,
     history: History,
     lease: Lease,
     reads: Reads,
@@ -169,6 +170,7 @@ impl Copyset {
             time: Time::new(&config, now, fresh),
             seen: (hard_state.term, StateRole::Follower),
             proposals: Proposals::default(),
+            contexts: Contexts::default(),
             history: History::new(applied, conf),
             lease: Lease::default(),
             reads: Reads::default(),
@@ -220,11 +222,8 @@ impl Copyset {
         if self.proposals.count() >= self.config.max_waiting || (full && self.proposals.count() > 0) {
             return Err(ProposeError::Full);
         }
-        let mut context = BytesMut::with_capacity(crcs.len() * 4 + header.len());
-        crcs.iter().for_each(|&crc| context.put_u32_le(crc));
-        context.extend_from_slice(header);
         let mut entry = eraftpb::Entry::default();
-        (entry.data, entry.context) = (payload, context.freeze());
+        (entry.data, entry.context) = (payload, self.contexts.make(header, crcs));
         self.proposals.push(cookie, entry);
         Ok(())
     }
@@ -311,8 +310,8 @@ impl Copyset {
     /// If that was never handed out.
     pub fn applied(&mut self, index: u64) {
         assert!(index <= self.emitted.0, "entry {index} was not handed out for apply");
-        if index <= self.applied {
-            return;
+        if index <= self.applied || self.installing.is_some() {
+            return; // what is being installed holds it already
         }
         self.applied = index;
         self.applied_term = self.term_at(index);

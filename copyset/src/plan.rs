@@ -82,7 +82,7 @@ impl Plan {
             let ours: Vec<u64> = self.new_members().filter(|id| view.conf.learners.contains(id)).collect();
             return match ours.is_empty() {
                 true => Next::Failed(ChangeFailed::CatchUp { peer }),
-                false => self.propose(ours.iter().map(|&id| (id, ConfChangeType::RemoveNode)).collect()),
+                false => self.propose(&each(&ours, ConfChangeType::RemoveNode)),
             };
         }
         if view.conf.voters == self.target {
@@ -91,12 +91,12 @@ impl Plan {
         let known = |id: &u64| view.conf.voters.contains(id) || view.conf.learners.contains(id);
         let strangers: Vec<u64> = self.new_members().filter(|id| !known(id)).collect();
         if !strangers.is_empty() {
-            return self.propose(strangers.iter().map(|&id| (id, ConfChangeType::AddLearnerNode)).collect());
+            return self.propose(&each(&strangers, ConfChangeType::AddLearnerNode));
         }
         match self.late(view) {
             None => {
                 self.stage = Stage::Switch;
-                self.propose(self.switch(view.conf))
+                self.propose(&self.switch(view.conf))
             }
             Some((peer, moved)) if view.now.saturating_sub(moved) >= view.idle_max => {
                 (self.given_up, self.stage) = (Some(peer), Stage::Undo);
@@ -137,13 +137,17 @@ impl Plan {
         added.chain(removed.map(|&id| (id, ConfChangeType::RemoveNode))).collect()
     }
 
-    fn propose(&mut self, changes: Vec<(u64, ConfChangeType)>) -> Next {
+    fn propose(&mut self, changes: &[(u64, ConfChangeType)]) -> Next {
         self.proposals += 1;
         if self.proposals > PROPOSALS_MAX {
             return Next::Failed(ChangeFailed::Refused);
         }
-        Next::Propose(change_of(&changes))
+        Next::Propose(change_of(changes))
     }
+}
+
+fn each(ids: &[u64], kind: ConfChangeType) -> Vec<(u64, ConfChangeType)> {
+    ids.iter().map(|&id| (id, kind)).collect()
 }
 
 /// As raft-rs wants it: several at once go through a joint stage that ends by itself.

@@ -4,8 +4,29 @@
 //! leadership or term goes, all of them go.
 
 use crate::effect::Effect;
+use bytes::{BufMut, Bytes, BytesMut};
 use raft::eraftpb::Entry;
 use std::collections::VecDeque;
+
+/// Contexts of entries, many in one allocation: they are small, made together and forgotten together.
+#[derive(Debug, Default)]
+pub(crate) struct Contexts(BytesMut);
+
+impl Contexts {
+    /// Bytes of one allocation, and so the most that one context keeps in memory.
+    const CHUNK: usize = 4096;
+
+    /// `crcs` (u32 little-endian), then `header`.
+    pub(crate) fn make(&mut self, header: &[u8], crcs: &[u32]) -> Bytes {
+        let len = crcs.len() * 4 + header.len();
+        if self.0.capacity() < len {
+            self.0 = BytesMut::with_capacity(len.max(Self::CHUNK));
+        }
+        crcs.iter().for_each(|&crc| self.0.put_u32_le(crc));
+        self.0.extend_from_slice(header);
+        self.0.split().freeze()
+    }
+}
 
 #[derive(Debug)]
 struct Waiting {
@@ -19,6 +40,8 @@ struct Waiting {
 #[derive(Debug, Default)]
 pub(crate) struct Proposals {
     queued: Vec<Entry>,
+    /// How many the turn before had.
+    usual: usize,
     cookies: Vec<u64>,
     waiting: VecDeque<Waiting>,
     /// Payload and context of both.
@@ -44,6 +67,9 @@ impl Proposals {
 
     pub(crate) fn push(&mut self, cookie: u64, entry: Entry) {
         self.bytes += size(&entry);
+        if self.queued.is_empty() {
+            self.queued.reserve_exact(self.usual.max(1)); // raft kept the last one
+        }
         self.queued.push(entry);
         self.cookies.push(cookie);
     }
@@ -55,6 +81,7 @@ impl Proposals {
         for (index, (cookie, entry)) in (first_index..).zip(cookies.zip(&self.queued)) {
             self.waiting.push_back(Waiting { index, term, cookie, bytes: size(entry) });
         }
+        self.usual = self.queued.len();
         std::mem::take(&mut self.queued)
     }
 

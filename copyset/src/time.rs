@@ -1,7 +1,7 @@
 //! A replica's clocks: how long it has waited, and until when it owes a leader silence.
 //!
 //! Two kinds of time. **Waiting** (elections, heartbeats, check-quorum) is counted in ticks that were received, each
-//! worth what passed since the one before but no more than two of them: a process that was paused did not wait, it
+//! worth what passed since the one before but no more than a heartbeat: a process that was paused did not wait, it
 //! was not there, and acts as if it had just fallen asleep (rule 17). **Promises** (the lease, refusing votes) are
 //! compared with the clock, which goes on while the process is paused (rule 18).
 
@@ -42,7 +42,7 @@ impl Time {
         Self {
             now,
             ticked: now,
-            tick_max: 2 * config.tick_ns(),
+            tick_max: config.heartbeat_ns,
             heartbeat_ns: config.heartbeat_ns,
             timeout_ns: config.election_timeout_ns,
             waited: 0,
@@ -121,7 +121,7 @@ mod tests {
     }
 
     #[test]
-    fn a_pause_counts_as_two_ticks() {
+    fn a_pause_counts_as_a_heartbeat() {
         let mut time = time(true);
         time.restart(1000);
         for now in (5100..5900).step_by(100) {

@@ -5,7 +5,7 @@ mod common;
 use bytes::Bytes;
 use common::{ID, Node, Rng};
 use copyset::raft::eraftpb::{Entry, EntryType, Message, MessageType};
-use copyset::{Config, Effect};
+use copyset::{ConfState, Config, Effect};
 
 const KINDS: [MessageType; 19] = [
     MessageType::MsgHup,
@@ -53,6 +53,28 @@ fn entry(rng: &mut Rng, index: u64, term: u64) -> Entry {
     entry
 }
 
+/// Bytes of a configuration, mostly a sound one.
+fn conf(rng: &mut Rng) -> Vec<u8> {
+    let voters: Vec<u64> = (1..5).filter(|_| !rng.one_in(3)).collect();
+    let mut bytes = ConfState { epoch: rng.below(9), ..ConfState::of(&voters) }.encode().to_vec();
+    if rng.one_in(4) {
+        let at = rng.below(bytes.len() as u64) as usize;
+        bytes[at] = rng.next() as u8;
+    }
+    bytes
+}
+
+fn context(rng: &mut Rng, kind: MessageType, node: &Node) -> Vec<u8> {
+    use MessageType::{MsgHeartbeat, MsgHeartbeatResponse, MsgRequestPreVoteResponse, MsgRequestVote};
+    match (kind, rng.below(4)) {
+        (_, 0) => (0..rng.below(20)).map(|_| rng.next() as u8).collect(),
+        (MsgHeartbeat | MsgHeartbeatResponse, _) => number(rng, node.copyset.term()).to_le_bytes().to_vec(),
+        (MsgRequestPreVoteResponse, 1) => conf(rng),
+        (MsgRequestVote, 1) => raft::CAMPAIGN_TRANSFER.to_vec(),
+        _ => Vec::new(),
+    }
+}
+
 fn message(rng: &mut Rng, node: &Node) -> Message {
     let (last, term) = (node.copyset.last_index(), node.copyset.term());
     let mut message = Message::default();
@@ -68,6 +90,13 @@ fn message(rng: &mut Rng, node: &Node) -> Message {
     message.reject = rng.one_in(3);
     message.reject_hint = number(rng, last);
     message.request_snapshot = if rng.one_in(4) { number(rng, last) } else { 0 };
+    message.context = context(rng, kind, node).into();
+    if kind == MessageType::MsgSnapshot {
+        message.mut_snapshot().data = conf(rng).into();
+        let (index, term) = (last + rng.below(9), number(rng, term));
+        let metadata = message.mut_snapshot().mut_metadata();
+        (metadata.index, metadata.term) = (if rng.one_in(4) { number(rng, index) } else { index }, term);
+    }
     let mut index = message.index;
     for _ in 0..rng.below(4) {
         index = index.wrapping_add(if rng.one_in(10) { 2 } else { 1 });
@@ -83,9 +112,12 @@ fn turn(node: &mut Node) {
     while node.copyset.dirty() {
         node.copyset.ready(&mut effects);
         for effect in effects.drain(..) {
-            if let Effect::Apply(entry) = effect {
+            if let Effect::Apply(entry) = &effect {
                 let _ = (entry.header(), entry.crcs().len());
                 node.copyset.applied(entry.index);
+            }
+            if let Effect::Fetch { low, .. } = effect {
+                node.copyset.fetched(low, true);
             }
         }
     }
@@ -94,7 +126,7 @@ fn turn(node: &mut Node) {
 
 #[test]
 fn any_message_is_safe() {
-    let (mut taken, mut led, mut applied) = (0, 0, 0);
+    let (mut taken, mut led, mut applied, mut installs) = (0, 0, 0, 0);
     for seed in 0..300 {
         let mut node = Node::new(Config::new(ID, 1, seed), &[1, 2, 3], seed);
         let mut rng = Rng(seed);
@@ -102,18 +134,38 @@ fn any_message_is_safe() {
             match rng.below(10) {
                 0..=5 => {
                     let message = message(&mut rng, &node);
-                    taken += u64::from(node.copyset.step(message).is_ok());
+                    taken += u64::from(node.step(message).is_ok());
                 }
-                6 => (0..rng.below(12)).for_each(|_| node.copyset.tick()),
+                6 => (0..rng.below(12)).for_each(|_| node.tick()),
                 7 => {
                     node.complete_one();
                 }
-                8 => drop(node.propose(rng.next(), 1)),
+                8 => {
+                    let now = node.now;
+                    let _ = match rng.below(6) {
+                        0 => node.copyset.change_peers(now, rng.next(), &[1, 2 + rng.below(4)]).is_ok(),
+                        1 => node.copyset.transfer_leader(now, rng.below(4)).is_ok(),
+                        2 => node.copyset.read_index(now, rng.next()).is_ok(),
+                        3 => {
+                            node.copyset.unreachable(rng.below(4));
+                            node.copyset.snapshot_sent(rng.below(4), rng.one_in(2));
+                            false
+                        }
+                        4 => {
+                            let index = node.copyset.offered().map_or(0, |offer| offer.index);
+                            let installed = node.copyset.install_snapshot(now, index).is_ok();
+                            installs += u64::from(installed);
+                            installed
+                        }
+                        _ => node.propose(rng.next(), 1).is_ok(),
+                    };
+                }
                 _ => turn(&mut node),
             }
             led += u64::from(node.copyset.role() == copyset::Role::Leader);
         }
         applied += node.copyset.applied_index();
     }
-    assert!(taken > 5000 && led > 100 && applied > 300, "{taken} taken, {led} leading, {applied} applied");
+    let counts = format!("{taken} taken, {led} leading, {applied} applied, {installs} installed");
+    assert!(taken > 5000 && led > 100 && applied > 300 && installs > 5, "{counts}");
 }

@@ -11,6 +11,9 @@ use std::collections::VecDeque;
 /// Most payload buffers in one batch: with the header they are one vectored write (`IOV_MAX` is 1024).
 const PAYLOADS_MAX: usize = 512;
 
+/// Room made for payloads at once.
+const PAYLOADS_USUAL: usize = 32;
+
 /// Consecutive entries of one copyset in a batch.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Run {
@@ -58,6 +61,9 @@ impl Batch {
         let at = self.payload_len;
         if !e.payload.is_empty() {
             self.payload_len += e.payload.len() as u64;
+            if self.payloads.is_empty() {
+                self.payloads.reserve(PAYLOADS_USUAL); // the write before kept its list
+            }
             self.payloads.push(e.payload.clone());
         }
         match self.runs.last_mut() {
@@ -120,6 +126,11 @@ impl Queue {
 
     pub(crate) fn is_empty(&self) -> bool {
         self.batches.is_empty()
+    }
+
+    /// Records of all batches; at least one for each, since a batch without records wants to be written too.
+    pub(crate) fn records(&self) -> u64 {
+        self.batches.iter().map(|b| u64::from(b.record_count).max(1)).sum()
     }
 
     /// Bytes of log that what waits may take; the header of the open batch counts as it is now.

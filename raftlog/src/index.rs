@@ -144,8 +144,9 @@ impl Index {
     #[must_use]
     pub fn entries(&self, lo: u64, hi: u64, max_bytes: usize) -> Vec<Entry> {
         let mut bytes = 0usize;
-        let mut found = Vec::new();
-        for index in lo..hi.min(self.last_index() + 1) {
+        let hi = hi.min(self.last_index() + 1);
+        let mut found = Vec::with_capacity(hi.saturating_sub(lo).min(64) as usize);
+        for index in lo..hi {
             let Some(slot) = self.slot(index) else { break };
             bytes = bytes.saturating_add(slot.context.len() + slot.payload_len as usize);
             if bytes > max_bytes && !found.is_empty() {

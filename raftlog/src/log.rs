@@ -28,6 +28,8 @@ pub struct PendingWrite {
     pub id: WriteId,
     /// The batch in it; for a segment's own seal, the batch before it.
     pub seq: Seq,
+    /// Records in it; a batch without any counts as one.
+    pub records: u64,
     /// Offset in the log zone.
     pub offset: u64,
     /// Payload buffers, whole blocks each.
@@ -312,9 +314,10 @@ impl Log {
         let (id, seq) = (WriteId(self.next_write), batch.seq);
         self.next_write += 1;
         let payloads = std::mem::take(&mut batch.payloads);
+        let records = u64::from(batch.record_count).max(1);
         let base = offset + header.len() as u64;
         self.flights.push_back(Flight { id, batch, base, live_seq, seal, alone, done: false });
-        PendingWrite { id, seq, offset, payloads }
+        PendingWrite { id, seq, records, offset, payloads }
     }
 
     /// A write is durable. Returns the new [`Self::durable_seq`] if that advanced: writes may complete in any
@@ -340,6 +343,18 @@ impl Log {
             }
         }
         (self.durable > before).then_some(self.durable)
+    }
+
+    /// Records that wait to be written.
+    #[must_use]
+    pub fn queued_records(&self) -> u64 {
+        self.queue.records()
+    }
+
+    /// Bytes they take in the log, at most.
+    #[must_use]
+    pub fn queued_bytes(&self) -> u64 {
+        self.queue.charge()
     }
 
     /// Everything up to this batch is durable.

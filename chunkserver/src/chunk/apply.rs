@@ -101,6 +101,12 @@ impl Store {
         if slot.and_then(|slot| self.chunks.get(&slot)).is_some_and(|c| c.meta.created_index > index) {
             return Ok(());
         }
+        self.changed_at = now;
+        // A metapage written now would hide that the one before it is lost; only a Delete ends this.
+        let suspect = slot.and_then(|slot| self.chunks.get(&slot)).is_some_and(|chunk| chunk.suspect);
+        if suspect && !matches!(op, ApplyOp::Delete) {
+            return Ok(());
+        }
         match op {
             ApplyOp::Write { payload, crcs, .. } if payload.is_empty() && crcs.is_empty() => Ok(()),
             ApplyOp::Write { sn, offset, payload, crcs } => {
@@ -199,6 +205,7 @@ impl Store {
             state.chunks -= 1;
         }
         self.dirty.remove(&slot);
+        self.singles.remove(&slot);
         let history = SlotHistory { generation: chunk.generation, page: chunk.page };
         let tomb = Tombstone {
             copyset: chunk.meta.copyset,

@@ -1,13 +1,18 @@
 //! Start-up: the metadata zone from front to end, then the CRC pages of the shard's own chunks, as one sequence of
 //! reads that the caller performs.
 //!
-//! Of two valid copies of a page the newer one counts; a torn one leaves the other. A slot both of whose copies are
-//! unreadable is put out of use and counted. A page of a newer format refuses the disk.
+//! Of two valid copies of a page the newer one counts; a torn one leaves the other. A page of a newer format refuses the
+//! disk.
+//!
+//! A damaged metapage is torn or rotten, and rot must not make old content, or no chunk at all, out of a chunk. What a
+//! torn page was about is not covered by a checkpoint, so replay does it again; what a page says that a checkpoint covers
+//! was durable, so its damage is rot and the chunk it names answers CRC_FAIL. A slot both of whose copies are unreadable
+//! and name no chunk is put out of use and counted.
 
 use super::apply::{Grave, GraveStage};
 use super::crcpage;
 use super::layout::{Layout, META_PAIR, shard_of};
-use super::meta::{self, ChunkMeta, Content, MetaError, Metapage, Tombstone};
+use super::meta::{self, ChunkMeta, Claim, Content, MetaError, Metapage, Tombstone};
 use super::page::{self, Page, u64_at};
 use super::pool::{ExtentConflict, ExtentPool, ScanView, SlotHistory, Slots};
 use super::store::{Chunk, CopysetState, Store, StoreConfig};
@@ -30,6 +35,15 @@ pub struct Known {
     pub incarnation: u64,
     /// Applied index of its newest checkpoint.
     pub checkpoint: u64,
+    /// Last index of its log.
+    pub last: u64,
+}
+
+impl Known {
+    /// Whether the log will do again what happened at `index`.
+    fn replays(&self, index: u64) -> bool {
+        self.checkpoint < index && index <= self.last
+    }
 }
 
 /// Why a disk cannot be loaded.
@@ -58,7 +72,7 @@ pub struct LoadReport {
     pub chunks: u64,
     /// Slots of the disk out of use because both copies of their metapage are unreadable.
     pub quarantined: u64,
-    /// Metapages of this shard's chunks one copy of which was torn or rotten.
+    /// Chunks of this shard whose newest metapage is rotten.
     pub torn: u64,
     /// Slots of this shard freed because another slot holds a later life of the same chunk.
     pub superseded: u64,
@@ -72,8 +86,7 @@ pub struct LoadReport {
 enum Copy {
     Valid(Box<Metapage>),
     Blank,
-    /// With the page generation its bytes claim.
-    Bad(u64),
+    Bad(Claim),
     Unreadable,
 }
 
@@ -97,6 +110,11 @@ pub struct Loader {
     view: ScanView,
     chunks: BTreeMap<u32, Chunk>,
     tombs: BTreeMap<u32, Tombstone>,
+    /// Slots of chunks whose other metapage is newer and damaged, and what it claims.
+    torn: BTreeMap<u32, Claim>,
+    /// Slots without a valid metapage of the chunk that a damaged one names, and whether nothing is lost if replay makes
+    /// that chunk again.
+    ghosts: BTreeMap<u32, (Claim, bool)>,
     report: LoadReport,
     error: Option<LoadError>,
 }
@@ -120,6 +138,8 @@ impl Loader {
             view: ScanView { history: vec![SlotHistory::default(); slots], quarantined: BTreeSet::new() },
             chunks: BTreeMap::new(),
             tombs: BTreeMap::new(),
+            torn: BTreeMap::new(),
+            ghosts: BTreeMap::new(),
             report: LoadReport::default(),
             error: None,
         }
@@ -195,7 +215,7 @@ impl Loader {
                 Copy::Unreadable
             }
             Some((Err(MetaError::Blank), _)) => Copy::Blank,
-            Some((_, page)) => Copy::Bad(u64_at(page, 24)),
+            Some((_, page)) => Copy::Bad(meta::claim(&self.layout, slot, page)),
         };
         if copy_number == 0 {
             self.first = Some(copy);
@@ -212,36 +232,89 @@ impl Loader {
                 (newer, Copy::Valid(older))
             }
             (Copy::Valid(found), other) | (other, Copy::Valid(found)) => (found, other),
-            // The very first write of a metapage goes to copy 1; torn, it leaves this.
-            (Copy::Blank, Copy::Blank | Copy::Bad(_)) => return,
-            _ => {
-                self.view.quarantined.insert(slot);
-                return;
-            }
+            (Copy::Blank, Copy::Blank) => return,
+            (first, second) => return self.unreadable(slot, first, second),
         };
         let Metapage { generation, page, content, .. } = *found;
         self.view.history[slot as usize] = SlotHistory { generation, page };
-        let ours = |copyset| shard_of(copyset, self.layout.shards) == self.shard;
         match content {
-            Content::Chunk(meta) if ours(meta.copyset) => self.chunk(slot, meta, generation, page, &other),
-            Content::Tombstone(tomb) if ours(tomb.copyset) => {
-                self.tombs.insert(slot, tomb);
+            Content::Chunk(meta) if self.ours(meta.copyset) => self.chunk(slot, meta, generation, page, other),
+            Content::Chunk(_) => {}
+            Content::Tombstone(tomb) => {
+                if self.ours(tomb.copyset) {
+                    self.tombs.insert(slot, tomb);
+                }
+                // The next life of the slot may have begun.
+                match other {
+                    Copy::Bad(claim) if claim.page == page + 1 && claim.generation == generation + 1 => {
+                        self.ghost(slot, claim, true);
+                    }
+                    _ => {}
+                }
             }
-            _ => {}
         }
     }
 
-    fn chunk(&mut self, slot: u32, meta: ChunkMeta, generation: u64, page: u64, other: &Copy) {
+    fn ours(&self, copyset: CopysetId) -> bool {
+        shard_of(copyset, self.layout.shards) == self.shard
+    }
+
+    /// Neither copy is valid.
+    fn unreadable(&mut self, slot: u32, first: Copy, second: Copy) {
+        // The very first write of a metapage goes to copy 1; torn, it leaves this.
+        let begun = matches!((&first, &second), (Copy::Blank, Copy::Bad(_)));
+        if !begun {
+            self.view.quarantined.insert(slot);
+        }
+        let claims = [first, second].into_iter().filter_map(|copy| match copy {
+            Copy::Bad(claim) if claim.chunk.is_some() => Some(claim),
+            _ => None,
+        });
+        if let Some(newest) = claims.max_by_key(|claim| claim.page) {
+            self.ghost(slot, newest, begun);
+        }
+    }
+
+    fn ghost(&mut self, slot: u32, claim: Claim, begun: bool) {
+        if claim.chunk.as_ref().is_some_and(|chunk| self.ours(chunk.copyset)) {
+            self.ghosts.insert(slot, (claim, begun));
+        }
+    }
+
+    fn chunk(&mut self, slot: u32, meta: ChunkMeta, generation: u64, page: u64, other: Copy) {
         let mut chunk = Chunk::new(&self.layout, meta, generation, page);
-        // A damaged copy that claims to be the one before is history, whatever damaged it.
-        chunk.suspect = match other {
-            Copy::Valid(_) => false,
-            Copy::Blank => page > 1,
-            Copy::Bad(claimed) => claimed.checked_add(1) != Some(page),
-            Copy::Unreadable => true,
-        };
-        self.report.torn += u64::from(chunk.suspect);
+        let last = chunk.meta.applied_index;
+        match other {
+            Copy::Valid(older) => chunk.single = older.generation != generation,
+            Copy::Blank => chunk.suspect = page > 1,
+            // A damaged copy that is older, or was to say the same again, is no loss, whatever damaged it.
+            Copy::Bad(claim) if claim.page.checked_add(1) == Some(page) && claim.last_index <= last => {}
+            Copy::Bad(claim) if claim.page == page + 1 && claim.last_index == last => {}
+            Copy::Bad(claim) if claim.page == page + 1 => drop(self.torn.insert(slot, claim)),
+            Copy::Bad(_) | Copy::Unreadable => chunk.suspect = true,
+        }
         self.chunks.insert(slot, chunk);
+    }
+
+    /// Now that the log is known: which damaged pages were torn, and which are rotten.
+    fn judge(&mut self, known: &dyn Fn(CopysetId) -> Option<Known>) {
+        for (slot, claim) in std::mem::take(&mut self.torn) {
+            if let Some(chunk) = self.chunks.get_mut(&slot) {
+                chunk.suspect = known(chunk.meta.copyset).is_none_or(|k| !k.replays(claim.last_index));
+            }
+        }
+        for (slot, (claim, begun)) in std::mem::take(&mut self.ghosts) {
+            let Claim { generation, page, last_index, chunk: Some(meta) } = claim else { continue };
+            let log = known(meta.copyset).filter(|k| k.incarnation == meta.incarnation);
+            if log.is_some_and(|k| last_index <= k.last && !(begun && k.replays(last_index))) {
+                self.view.quarantined.remove(&slot);
+                self.tombs.remove(&slot);
+                let mut chunk = Chunk::new(&self.layout, *meta, generation, page);
+                chunk.suspect = true;
+                self.chunks.insert(slot, chunk);
+            }
+        }
+        self.report.torn = self.chunks.values().filter(|chunk| chunk.suspect).count() as u64;
     }
 
     fn crcpage(&mut self, offset: u64, bytes: Option<&Page>) {
@@ -271,6 +344,7 @@ impl Loader {
         if self.stage == Stage::Meta || !self.reads.is_empty() {
             return Err(LoadError::Unfinished);
         }
+        self.judge(known);
         // A tombstone keeps its slot only while replay may need it.
         self.tombs.retain(|_, tomb| {
             known(tomb.copyset).is_some_and(|k| k.incarnation == tomb.incarnation && k.checkpoint < tomb.deleted_index)
@@ -302,13 +376,16 @@ impl Loader {
 fn index_chunk(
     store: &mut Store,
     slot: u32,
-    chunk: Chunk,
+    mut chunk: Chunk,
     known: &dyn Fn(CopysetId) -> Option<Known>,
     report: &mut LoadReport,
 ) {
     let (copyset, incarnation) = (chunk.meta.copyset, chunk.meta.incarnation);
     let key = (copyset, chunk.meta.chunk);
     let rank = (chunk.meta.created_index, chunk.generation);
+    if std::mem::take(&mut chunk.single) && !chunk.suspect {
+        store.singles.insert(slot);
+    }
     store.chunks.insert(slot, chunk);
     store.copysets.entry(copyset).or_insert(CopysetState { incarnation, chunks: 0 }).chunks += 1;
     if known(copyset).is_none_or(|k| k.incarnation != incarnation) {

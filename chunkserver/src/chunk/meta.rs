@@ -105,6 +105,20 @@ pub struct Metapage {
     pub content: Content,
 }
 
+/// What a page that does not verify says it is. A torn page tells the truth: these fields share a sector. A rotten one may
+/// say anything, so this decides only between harmless and CRC_FAIL, never what is served.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Claim {
+    /// Life of the slot.
+    pub(super) generation: u64,
+    /// Number of the page.
+    pub(super) page: u64,
+    /// Applied index, or deleted index of a tombstone.
+    pub(super) last_index: u64,
+    /// The chunk it names, if it can be a page of this slot at all; nothing in it counts as written.
+    pub(super) chunk: Option<Box<ChunkMeta>>,
+}
+
 /// Why a page is not a metapage of ours.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum MetaError {
@@ -211,6 +225,29 @@ pub(super) fn decode(layout: &Layout, slot: u32, page: &Page) -> Result<Metapage
         _ => return Err(MetaError::Invalid("state")),
     };
     Ok(Metapage { slot, generation, page: number, content })
+}
+
+/// What a page that `decode` refused claims.
+pub(super) fn claim(layout: &Layout, slot: u32, page: &Page) -> Claim {
+    let (generation, number, last_index) = (u64_at(page, 16), u64_at(page, 24), u64_at(page, 64));
+    let counted = generation <= page::GENERATION_MAX && number <= page::GENERATION_MAX;
+    let ours = u32_at(page, 0) == MAGIC && u16_at(page, 8) == VERSION && u32_at(page, 12) == slot && page[10] == 1;
+    let chunk = (counted && ours).then(|| {
+        Box::new(ChunkMeta {
+            copyset: CopysetId(u64_at(page, 32)),
+            incarnation: u64_at(page, 40),
+            chunk: u64_at(page, 48),
+            created_index: u64_at(page, 56),
+            applied_index: last_index,
+            sn: 0,
+            corrected_sn: 0,
+            snapshot: None,
+            fence: 0,
+            written: Bitmap::new(layout.blocks()),
+            clone: None,
+        })
+    });
+    Claim { generation, page: number, last_index, chunk }
 }
 
 fn decode_chunk(layout: &Layout, page: &Page) -> Result<ChunkMeta, MetaError> {

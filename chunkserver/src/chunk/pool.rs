@@ -226,11 +226,6 @@ impl Slots {
         self.pool.replay_done(self.shard);
     }
 
-    /// Before [`Slots::replay_done`].
-    pub(super) fn replaying(&self) -> bool {
-        self.replaying
-    }
-
     /// Every shard has loaded.
     pub(super) fn all_loaded(&self) -> bool {
         self.pool.is_loaded()

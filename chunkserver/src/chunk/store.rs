@@ -40,22 +40,23 @@ pub(super) struct Chunk {
     pub(super) overlay: Overlay,
     /// Device writes completed, so that a read can tell that the slot changed under it.
     pub(super) version: u64,
-    /// One copy of its metapage was unreadable at start and nothing was applied to it since.
+    /// Only one copy of its metapage is of this life: the next round writes the other, so that no single rotten page can
+    /// make a chunk vanish.
+    pub(super) single: bool,
+    /// Its newest metapage is rotten: nothing of it is believed, and nothing more is written to it.
     pub(super) suspect: bool,
 }
 
 /// Limits of a store.
 #[derive(Clone, Copy, Debug)]
 pub struct StoreConfig {
-    /// Device writes of a round in flight at most.
-    pub writes_in_flight_max: usize,
     /// Bytes of one merged device write at most.
     pub write_bytes_max: u32,
 }
 
 impl Default for StoreConfig {
     fn default() -> Self {
-        Self { writes_in_flight_max: 32, write_bytes_max: 256 << 10 }
+        Self { write_bytes_max: 256 << 10 }
     }
 }
 
@@ -101,6 +102,10 @@ pub struct Store {
     /// Slots of chunks that differ from their metapage or have dirty blocks not in the running round.
     pub(super) dirty: BTreeSet<u32>,
     pub(super) dirty_since: Option<u64>,
+    /// When the newest change was applied.
+    pub(super) changed_at: u64,
+    /// Slots whose chunk has only one metapage of its life: a round that happens anyway writes the other one.
+    pub(super) singles: BTreeSet<u32>,
     pub(super) graves: Vec<Grave>,
     /// While replaying: chunks whose deletion up to this index is on the disk already.
     pub(super) gone: FxHashMap<(CopysetId, u64), u64>,
@@ -122,6 +127,8 @@ impl Store {
             admission: Admission::default(),
             dirty: BTreeSet::new(),
             dirty_since: None,
+            changed_at: 0,
+            singles: BTreeSet::new(),
             graves: Vec::new(),
             gone: FxHashMap::default(),
             round: None,
@@ -218,7 +225,7 @@ impl Store {
 
     /// The valid copy of its metapage may be an old one: nothing of the chunk can be trusted, and a write would hide it.
     fn doubtful(&self, copyset: CopysetId, chunk: u64) -> bool {
-        !self.slots.replaying() && self.find(copyset, chunk).is_some_and(|(_, c)| c.suspect)
+        self.find(copyset, chunk).is_some_and(|(_, c)| c.suspect)
     }
 
     pub(super) fn find(&self, copyset: CopysetId, chunk: u64) -> Option<(u32, &Chunk)> {
@@ -235,7 +242,7 @@ impl Store {
             return Err(Outcome::Invalid);
         }
         let (slot, found) = self.find(copyset, chunk).ok_or(Outcome::NoChunk)?;
-        if found.suspect && !self.slots.replaying() {
+        if found.suspect {
             return Err(Outcome::CrcFail);
         }
         let key = PlanKey { copyset, chunk, slot, generation: found.generation, version: found.version };
@@ -296,6 +303,12 @@ impl Store {
         running.into_iter().chain(self.dirty_since).min()
     }
 
+    /// When the newest change was applied.
+    #[must_use]
+    pub fn changed_ns(&self) -> u64 {
+        self.changed_at
+    }
+
     /// Lowest index of `copyset` whose data is in memory only and not part of the running round. After a round it is
     /// above every index the round allows to checkpoint.
     #[must_use]
@@ -304,9 +317,8 @@ impl Store {
         own.flat_map(|c| c.overlay.iter().filter(|(_, d)| !d.captured).map(|(_, d)| d.oldest)).min()
     }
 
-    /// Chunks one copy of whose metapage was unreadable at start and that no replayed entry touched. A torn write is
-    /// always followed by a replay of what it was about; so after the replay these are rotten, the valid copy may be
-    /// an old one, and the chunks answer `CrcFail` until they are deleted.
+    /// Chunks whose newest metapage is rotten: the copy that is left may be an old one, so they answer `CrcFail` until
+    /// they are deleted.
     #[must_use]
     pub fn suspect_chunks(&self) -> u64 {
         self.chunks.values().filter(|c| c.suspect).count() as u64
@@ -335,6 +347,7 @@ impl Chunk {
             crc_pages: SmallVec::from_elem(0, layout.crc_pages() as usize),
             overlay: Overlay::default(),
             version: 0,
+            single: true,
             suspect: false,
         }
     }
@@ -343,7 +356,6 @@ impl Chunk {
         // Replay takes it back to where it begins: until it has passed again what the metapage had seen, the chunk is not
         // what it was then.
         self.meta.applied_index = index;
-        self.suspect = false;
     }
 
     /// Version `index` of `block`, whose bytes have this `crc`, is on the slot.

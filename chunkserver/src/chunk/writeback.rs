@@ -163,8 +163,12 @@ impl Store {
 
     fn capture_chunks(&mut self, round: &mut Round, commits: &mut BTreeMap<CopysetId, u64>) {
         // Slots ascend, and so do the blocks of an overlay: `blocks` comes out in disk order.
+        self.dirty.append(&mut self.singles);
         for slot in std::mem::take(&mut self.dirty) {
             let Some(chunk) = self.chunks.get_mut(&slot) else { continue };
+            if std::mem::take(&mut chunk.single) {
+                self.singles.insert(slot);
+            }
             let mut meta = chunk.meta.clone();
             let mut last_page = None;
             for (block, dirty) in chunk.overlay.capture() {
@@ -207,11 +211,15 @@ impl Store {
     }
 
     /// The next operation of the round, if one may be started now. `alloc` gives buffers for pages; when it gives none,
-    /// ask again when memory is free.
-    pub fn next_io(&mut self, alloc: &mut dyn FnMut(usize) -> Option<PoolBuf>) -> Option<(IoId, RoundIo)> {
+    /// ask again when memory is free. At most `depth` are in flight.
+    pub fn next_io(
+        &mut self,
+        depth: usize,
+        alloc: &mut dyn FnMut(usize) -> Option<PoolBuf>,
+    ) -> Option<(IoId, RoundIo)> {
         loop {
             let round = self.round.as_mut()?;
-            if round.flights.len() >= self.config.writes_in_flight_max.max(1) {
+            if round.flights.len() >= depth.max(1) {
                 return None;
             }
             match round.phase {

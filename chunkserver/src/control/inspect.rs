@@ -73,8 +73,9 @@ pub fn inspect(path: &Path) -> Result<Value, InspectError> {
             loader.feed(read(offset, len).as_deref().map_err(|_| ReadFailed));
         }
         let known = |id: CopysetId| {
-            let checkpoint = log.index(id)?.checkpoint();
-            Some(Known { incarnation: checkpoint.incarnation, checkpoint: checkpoint.applied_index })
+            let index = log.index(id)?;
+            let (checkpoint, last) = (index.checkpoint(), index.last_index());
+            Some(Known { incarnation: checkpoint.incarnation, checkpoint: checkpoint.applied_index, last })
         };
         let (store, loaded) = loader.finish(&known).map_err(|e| InspectError::Load(shard, e))?;
         shards.push(shard_json(shard, &log, &report, &loaded));

@@ -324,24 +324,28 @@ impl<I: Io> Reactor<I> {
 
     /// Connections that had to wait for memory or for their own replies.
     pub(super) fn retry_unread(&mut self) {
-        for index in std::mem::take(&mut self.unread) {
+        let mut unread = std::mem::replace(&mut self.unread, std::mem::take(&mut self.spare));
+        for index in unread.drain(..) {
             if let Some(conn) = self.conns.get_mut(index) {
                 conn.listed = false;
                 self.touch(index);
                 self.parse(index);
             }
         }
+        self.spare = unread;
     }
 
     /// At the end of a turn: send, receive on, close.
     pub(super) fn finish_sockets(&mut self) {
-        for index in std::mem::take(&mut self.touched) {
+        let mut touched = std::mem::replace(&mut self.touched, std::mem::take(&mut self.spare));
+        for index in touched.drain(..) {
             let Some(conn) = self.conns.get_mut(index) else { continue };
             conn.touched = false;
             self.start_send(index);
             self.start_receive(index);
             self.finish_close(index);
         }
+        self.spare = touched;
     }
 
     fn start_send(&mut self, index: usize) {

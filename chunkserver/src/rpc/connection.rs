@@ -148,18 +148,12 @@ enum State {
     Frames,
     /// Inside an HTTP request.
     Http(HttpParser),
-    /// A payload waits for a buffer of its size.
-    Buffer(Waiting),
-    /// A payload is being received.
-    Payload(Box<(Call, Fill)>),
+    /// The payload of `pending` waits for a buffer of this size.
+    Buffer(usize),
+    /// The payload of `pending` is being received into `fill`.
+    Payload,
     /// Bytes are passed over; what is due then.
     Skip(usize, Box<Incoming>),
-}
-
-#[derive(Debug)]
-struct Waiting {
-    call: Box<Call>,
-    len: usize,
 }
 
 /// The state of one connection.
@@ -168,6 +162,9 @@ pub struct Connection {
     options: Options,
     decoder: Decoder,
     state: State,
+    /// Of [`State::Buffer`] and [`State::Payload`]; beside the state, so that changing it moves little.
+    pending: Option<Call>,
+    fill: Option<Fill>,
     outbox: Outbox,
     /// Sum of the costs of what is not answered, and of a payload being received.
     held: usize,
@@ -186,6 +183,8 @@ impl Connection {
             options,
             decoder: Decoder::new(),
             state: State::Frames,
+            pending: None,
+            fill: None,
             outbox: Outbox::default(),
             held: 0,
             requests: 0,
@@ -212,8 +211,8 @@ impl Connection {
                 State::Frames if !self.may_receive() => Some(Progress::Later),
                 State::Frames => self.frames(input, out)?,
                 State::Http(parser) => self.http(parser, input, out),
-                State::Buffer(waiting) => self.buffer(waiting, arena),
-                State::Payload(payload) => self.payload(payload, input, out),
+                State::Buffer(len) => self.buffer(len, arena),
+                State::Payload => self.payload(input, out),
                 State::Skip(left, incoming) => self.skip(left, incoming, input, out),
             };
             if let Some(progress) = progress {
@@ -277,7 +276,8 @@ impl Connection {
         if len == 0 {
             self.emit(Incoming::Call(call), out);
         } else if payload && len <= self.options.chunk_size && len.is_multiple_of(BLOCK) {
-            self.state = State::Buffer(Waiting { call: Box::new(call), len });
+            self.pending = Some(call);
+            self.state = State::Buffer(len);
         } else if payload || len <= IGNORED_ATTACHMENT_BYTES_MAX {
             call.attachment = Attachment::Dropped(len);
             self.pass_over(len, Incoming::Call(call), out);
@@ -313,36 +313,36 @@ impl Connection {
         None
     }
 
-    fn buffer(&mut self, waiting: Waiting, arena: &Arc<Arena>) -> Option<Progress> {
-        let room = client_may_take(arena.free_bytes(), arena.size(), waiting.len);
-        let Some(buf) = room.then(|| arena.alloc(waiting.len)).flatten() else {
-            self.state = State::Buffer(waiting);
+    fn buffer(&mut self, len: usize, arena: &Arc<Arena>) -> Option<Progress> {
+        let room = client_may_take(arena.free_bytes(), arena.size(), len);
+        let Some(buf) = room.then(|| arena.alloc(len)).flatten() else {
+            self.state = State::Buffer(len);
             return Some(Progress::NoBuffer);
         };
-        let mut call = waiting.call;
         let fill = Fill::new(buf);
+        let call = self.pending.as_mut().expect("a payload belongs to a call");
         call.cost += fill.pinned();
         self.held += call.cost;
-        self.state = State::Payload(Box::new((*call, fill)));
+        self.fill = Some(fill);
+        self.state = State::Payload;
         None
     }
 
-    fn payload(
-        &mut self,
-        mut payload: Box<(Call, Fill)>,
-        input: &mut &[u8],
-        out: &mut Vec<Incoming>,
-    ) -> Option<Progress> {
-        payload.1.take(input);
-        if !payload.1.is_complete() {
-            self.state = State::Payload(payload);
+    fn payload(&mut self, input: &mut &[u8], out: &mut Vec<Incoming>) -> Option<Progress> {
+        let fill = self.fill.as_mut().expect("a payload that is received has its buffer");
+        fill.take(input);
+        if !fill.is_complete() {
+            self.state = State::Payload;
             return Some(Progress::Consumed);
         }
-        self.complete(*payload, out);
+        self.complete(out);
         None
     }
 
-    fn complete(&mut self, (mut call, fill): (Call, Fill), out: &mut Vec<Incoming>) {
+    /// The payload is there. The state is back at [`State::Frames`].
+    fn complete(&mut self, out: &mut Vec<Incoming>) {
+        let (call, fill) = (self.pending.take(), self.fill.take());
+        let (Some(mut call), Some(fill)) = (call, fill) else { panic!("no payload is being received") };
         call.attachment = fill.finish();
         self.decoder.attachment_done();
         // Counted since its buffer was taken.
@@ -388,23 +388,17 @@ impl Connection {
     /// The payload buffer, and how many of its bytes are in use, if the kernel should receive the rest of the payload
     /// straight into it. Until [`Self::direct_done`] nothing else is received.
     pub fn direct(&mut self) -> Option<(PoolBuf, usize)> {
-        match &mut self.state {
-            State::Payload(payload) => payload.1.lend(),
-            _ => None,
-        }
+        self.fill.as_mut().and_then(Fill::lend)
     }
 
     /// The kernel is done with the buffer of [`Self::direct`] and added so many bytes (0 after an error or at the end of
     /// the stream).
     pub fn direct_done(&mut self, buf: PoolBuf, added: usize, out: &mut Vec<Incoming>) {
-        let State::Payload(mut payload) = std::mem::replace(&mut self.state, State::Frames) else {
-            panic!("no payload buffer was lent");
-        };
-        payload.1.returned(buf, added);
-        if payload.1.is_complete() {
-            self.complete(*payload, out);
-        } else {
-            self.state = State::Payload(payload);
+        let fill = self.fill.as_mut().expect("no payload buffer was lent");
+        fill.returned(buf, added);
+        if fill.is_complete() {
+            self.state = State::Frames;
+            self.complete(out);
         }
     }
 
@@ -412,7 +406,7 @@ impl Connection {
     #[must_use]
     pub fn may_receive(&self) -> bool {
         match self.state {
-            State::Payload(_) => return true,
+            State::Payload => return true,
             State::Buffer(_) => return false,
             State::Frames | State::Http(_) | State::Skip(..) => {}
         }
@@ -423,8 +417,8 @@ impl Connection {
     /// It waits for a payload buffer of this many bytes.
     #[must_use]
     pub fn wants_buffer(&self) -> Option<usize> {
-        match &self.state {
-            State::Buffer(waiting) => Some(waiting.len),
+        match self.state {
+            State::Buffer(len) => Some(len),
             _ => None,
         }
     }
@@ -432,7 +426,7 @@ impl Connection {
     /// A payload is being received, and has its buffer.
     #[must_use]
     pub fn holds_payload(&self) -> bool {
-        matches!(self.state, State::Payload(_))
+        matches!(self.state, State::Payload)
     }
 
     /// Count bytes a request will pin elsewhere (the data of a read) until it is answered; add them to its [`Out::cost`].

@@ -27,7 +27,8 @@ impl Shard {
     /// Apply what can be applied now; true if anything was.
     pub(super) fn apply_ready(&mut self, out: &mut Effects) -> bool {
         let mut worked = false;
-        for id in std::mem::take(&mut self.applying) {
+        let mut applying = std::mem::replace(&mut self.applying, std::mem::take(&mut self.spare));
+        for id in applying.drain(..) {
             let before = self.groups.get(&id).map_or(0, |g| g.applied);
             let waits = loop {
                 match self.apply_next(id, out) {
@@ -53,6 +54,7 @@ impl Shard {
                 self.mark_dirty(id);
             }
         }
+        self.spare = applying;
         worked
     }
 

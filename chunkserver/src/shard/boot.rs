@@ -67,6 +67,7 @@ impl Shard {
             dirty: Vec::new(),
             unpersisted: Vec::new(),
             applying: Vec::new(),
+            spare: Vec::new(),
             tasks: Slab::with_capacity(1024),
             waiting: Slab::with_capacity(1024),
             reads: Slab::with_capacity(256),
@@ -83,6 +84,7 @@ impl Shard {
             members: super::members::Members::default(),
             parked: Slab::new(),
             flush: flush::Flush::new(now),
+            pace: super::pace::Pace::new(),
             state: State::Boot(Boot::Sync),
             extents,
             replaying: Vec::new(),
@@ -218,8 +220,9 @@ impl Shard {
         let log = Rc::clone(&self.log);
         let known = |id: CopysetId| {
             let log = log.borrow();
-            let checkpoint = log.index(id)?.checkpoint();
-            Some(chunk::Known { incarnation: checkpoint.incarnation, checkpoint: checkpoint.applied_index })
+            let index = log.index(id)?;
+            let (checkpoint, last) = (index.checkpoint(), index.last_index());
+            Some(chunk::Known { incarnation: checkpoint.incarnation, checkpoint: checkpoint.applied_index, last })
         };
         let (store, report) = loader.finish(&known).map_err(|e| Failure::Load(e.to_string()))?;
         let ms = self.now.since_ns(started) / 1_000_000;

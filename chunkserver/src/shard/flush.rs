@@ -8,6 +8,12 @@ use crate::chunk::RoundIo;
 use crate::io::{Instant, Op};
 use raftlog::{BLOCK, CopysetId, Log, Seq};
 
+/// Device writes of a round in flight, with room for new writes and without.
+const DEPTH_MIN: usize = 8;
+const DEPTH_MAX: usize = 64;
+/// Nothing was written for this part of the age at which data is written back: the device has time for a round. (Not at
+/// once: a program that writes now and then would get a round, with its pages, for each of its writes.)
+const IDLE_PART: u64 = 10;
 /// Longest tail of entries, and their payload, that is logged again to free a segment.
 const RELOG_ENTRIES_MAX: u64 = 16;
 const RELOG_BYTES_MAX: usize = 64 << 10;
@@ -76,7 +82,7 @@ impl Shard {
         }
     }
 
-    /// Half the memory, half the log, or old age.
+    /// Half the memory, half the log, old age, or nothing else to do.
     fn round_due(&mut self) -> bool {
         let dirty = self.store.pinned_bytes() as usize;
         let log = self.log.borrow();
@@ -93,7 +99,8 @@ impl Shard {
         if self.arenas.all_payload.iter().any(|a| a.free_bytes() < a.size() / 4) {
             return true;
         }
-        self.flush.next = Instant(oldest).after_ns(self.config.flush_age_ns);
+        let idle = Instant(self.store.changed_ns()).after_ns(self.config.flush_age_ns / IDLE_PART);
+        self.flush.next = Instant(oldest).after_ns(self.config.flush_age_ns).min(idle);
         self.flush.next <= self.now
     }
 
@@ -119,6 +126,15 @@ impl Shard {
         true
     }
 
+    /// Device writes of the round in flight: few while there is room for what clients write, since each makes log
+    /// writes wait behind it, and more the less room is left.
+    fn round_depth(&self) -> usize {
+        let dirty = self.store.pinned_bytes() as usize;
+        let half = self.config.dirty_limit / 2;
+        let over = dirty.saturating_sub(half).min(half);
+        DEPTH_MIN + (DEPTH_MAX - DEPTH_MIN) * over / half.max(1)
+    }
+
     fn round_io(&mut self, out: &mut Effects) -> bool {
         let work = self.arenas.work.clone();
         let mut starved = false;
@@ -127,7 +143,8 @@ impl Shard {
             starved = buf.is_none();
             buf
         };
-        while let Some((id, io)) = self.store.next_io(&mut alloc) {
+        let depth = self.round_depth();
+        while let Some((id, io)) = self.store.next_io(depth, &mut alloc) {
             let op = match io {
                 RoundIo::Write { offset, bufs } => Op::Write { file: DISK, offset, bufs, dsync: false },
                 RoundIo::Sync => Op::Sync { file: DISK },

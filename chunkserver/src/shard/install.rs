@@ -320,7 +320,7 @@ impl Shard {
         self.stop_install(id);
         if let Some(group) = self.groups.get_mut(&id) {
             tracing::info!(copyset = ?id, index, "a raft snapshot is installed");
-            group.queue.clear();
+            group.queue.retain(|committed| committed.index > index);
             group.applied = index;
             group.follow.forget();
         }

@@ -17,6 +17,7 @@ mod install;
 mod lease;
 pub mod mail;
 mod members;
+mod pace;
 mod peers;
 mod propose;
 mod read;
@@ -173,6 +174,8 @@ pub struct Shard {
     unpersisted: Vec<CopysetId>,
     /// Copysets with committed entries to apply.
     applying: Vec<CopysetId>,
+    /// An empty list for whoever takes one of the three above, so that none is allocated each turn.
+    spare: Vec<CopysetId>,
     tasks: Slab<Task>,
     waiting: Slab<Waiting>,
     reads: Slab<read::Job>,
@@ -195,6 +198,7 @@ pub struct Shard {
     /// Reads that wait for a quorum's word that this replica still leads.
     parked: Slab<Request>,
     flush: flush::Flush,
+    pace: pace::Pace,
     state: State,
     extents: Arc<ExtentPool>,
     /// What the log held at start and is not applied yet: copyset and last index.
@@ -289,6 +293,7 @@ impl Shard {
         if self.fetch_at <= self.now {
             self.fetch_at = Instant::FAR;
         }
+        self.pace.turn(now, self.log.borrow().queued_records());
         self.tick();
         self.starved = false;
         loop {
@@ -340,6 +345,7 @@ impl Shard {
                 };
                 self.flush_deadline()
                     .min(self.install_deadline())
+                    .min(self.log_write_deadline())
                     .min(self.next_tick)
                     .min(self.seal_at)
                     .min(self.fetch_at)
@@ -464,9 +470,9 @@ impl Shard {
 
     /// Collect what raft wants done; true if there was anything.
     fn raft_ready(&mut self, out: &mut Effects) -> bool {
-        let dirty = std::mem::take(&mut self.dirty);
+        let mut dirty = std::mem::replace(&mut self.dirty, std::mem::take(&mut self.spare));
         let worked = !dirty.is_empty();
-        for id in dirty {
+        for id in dirty.drain(..) {
             let Some(group) = self.groups.get_mut(&id) else { continue };
             group.dirty = false;
             let mut effects = std::mem::take(&mut self.effects);
@@ -480,19 +486,21 @@ impl Shard {
             self.effects = effects;
             self.after_ready(id);
         }
+        self.spare = dirty;
         self.all_ready();
         worked
     }
 
     /// Start as many log writes as may be in flight.
     fn write_log(&mut self, out: &mut Effects) {
-        loop {
+        while self.log_write_due() {
             let Some(len) = self.log.borrow_mut().next_header() else { return };
             let Some(mut header) = self.arenas.work.alloc(len) else {
                 self.starved = true;
                 return;
             };
             let write = self.log.borrow_mut().take_write(&mut header);
+            self.pace.started(self.now, write.id, write.records);
             let offset = self.layout.log_offset_of(self.config.shard) + write.offset;
             let payload: usize = write.payloads.iter().map(Bytes::len).sum();
             self.seal_at = self.now.after_ms(SEAL_AFTER_MS);
@@ -504,8 +512,10 @@ impl Shard {
     }
 
     fn log_written(&mut self, id: WriteId) {
+        self.pace.done(id);
         let Some(durable) = self.log.borrow_mut().write_done(id) else { return };
-        for id in std::mem::take(&mut self.unpersisted) {
+        let mut unpersisted = std::mem::replace(&mut self.unpersisted, std::mem::take(&mut self.spare));
+        for id in unpersisted.drain(..) {
             let Some(group) = self.groups.get_mut(&id) else { continue };
             group.raft.persisted(durable);
             group.unpersisted = group.raft.awaits_log();
@@ -514,6 +524,7 @@ impl Shard {
             }
             self.mark_dirty(id);
         }
+        self.spare = unpersisted;
     }
 
     fn status(&self) -> ShardStatus {

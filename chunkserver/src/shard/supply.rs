@@ -6,6 +6,7 @@ use super::mail::{PeerBody, PeerMail};
 use super::read::ZEROS;
 use super::request::{Origin, Outcome, Reply, ReplyData};
 use super::{Effects, Shard};
+use crate::chunk::ChunkInfo;
 use bytes::Bytes;
 use raftlog::{BLOCK, CopysetId, crc32c};
 use slab::Slab;
@@ -23,6 +24,8 @@ struct Piece {
     chunk: u64,
     offset: u32,
     len: u32,
+    /// From before the data is read: what is read later may be newer than it says, never older.
+    info: Option<ChunkInfo>,
 }
 
 /// What is being read for peers.
@@ -58,7 +61,8 @@ impl Shard {
             return;
         }
         self.progressed(id, to);
-        let slot = self.supply.0.insert(Piece { copyset: id, to, chunk, offset, len }) as u32;
+        let info = self.store.chunk_info(id, chunk);
+        let slot = self.supply.0.insert(Piece { copyset: id, to, chunk, offset, len, info }) as u32;
         self.read(Origin { shard: PEERS, slot, serial: 0 }, id, chunk, offset, len, out);
         self.supply_step(out);
     }
@@ -81,8 +85,7 @@ impl Shard {
 
     fn piece_read(&mut self, reply: Reply, out: &mut Effects) {
         let Some(piece) = self.supply.0.try_remove(reply.origin.slot as usize) else { return };
-        let Piece { copyset: id, to, chunk, offset, len } = piece;
-        let info = self.store.chunk_info(id, chunk);
+        let Piece { copyset: id, to, chunk, offset, len, info } = piece;
         let parts = match (reply.outcome, reply.data) {
             (Outcome::Success, ReplyData::Data(parts)) if info.is_some() => parts,
             (Outcome::Success | Outcome::NoChunk, _) => {

@@ -52,7 +52,7 @@ impl Zones {
 
 /// Known copysets: some of each shard.
 fn copysets() -> BTreeMap<CopysetId, Known> {
-    (0..6).map(|i| (CopysetId::new(1, i), Known { incarnation: 5, checkpoint: 3 })).collect()
+    (0..6).map(|i| (CopysetId::new(1, i), Known { incarnation: 5, checkpoint: 3, last: 9 })).collect()
 }
 
 fn load(
@@ -64,7 +64,7 @@ fn load(
     let pool = ExtentPool::new(layout);
     let mut stores = Vec::new();
     for shard in 0..SHARDS {
-        let config = StoreConfig { writes_in_flight_max: 4, write_bytes_max: 32 << 10 };
+        let config = StoreConfig { write_bytes_max: 32 << 10 };
         let mut loader = Loader::new(layout, shard, Arc::clone(&pool), config);
         let mut reads = 0;
         while let Some((offset, len)) = loader.next_read() {
@@ -100,7 +100,7 @@ fn round(store: &mut Store, layout: &Layout, zones: &mut Zones, arena: &Arc<Aren
         return;
     }
     for _ in 0..10_000 {
-        let Some((id, io)) = store.next_io(&mut |len| arena.alloc(len)) else { break };
+        let Some((id, io)) = store.next_io(4, &mut |len| arena.alloc(len)) else { break };
         if let RoundIo::Write { offset, bufs } = io {
             let bytes = bufs.concat();
             assert!(offset + bytes.len() as u64 <= layout.size, "a write beyond the disk");

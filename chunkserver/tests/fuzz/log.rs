@@ -384,7 +384,7 @@ fn start(log: Log, rng: &mut Rng) -> usize {
         let Ok(mut copyset) = Copyset::new(config, Rc::clone(&log), 0) else { continue };
         assert!(matches!(conf, Some(Ok(_))), "an unreadable configuration is refused");
         let mut effects = Vec::new();
-        for now in 0..4 {
+        for turn in 0..4 {
             copyset.ready(&mut effects);
             for effect in effects.drain(..) {
                 if let copyset::Effect::Apply(committed) = effect {
@@ -392,7 +392,7 @@ fn start(log: Log, rng: &mut Rng) -> usize {
                     copyset.applied(committed.index);
                 }
             }
-            copyset.tick(now * 100_000_000);
+            copyset.tick(turn * 1_000_000_000);
         }
         started += 1;
     }

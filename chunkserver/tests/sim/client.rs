@@ -6,6 +6,7 @@
 use crate::codec::{self, ChunkRequest, Frame, Value};
 use crate::history::{BLOCK, History, Kind, Outcome, Place, Record, stamp, unstamp};
 use crate::rng::Rng;
+use crate::rot;
 use crate::run::Actor;
 use crate::world::{ActorEvent, World};
 use bytes::BytesMut;
@@ -151,8 +152,8 @@ impl Client {
         let copyset = rng.between(1, self.shape.copysets);
         let filling = self.history.borrow().filling;
         if rng.ppm(if filling { 700_000 } else { 30_000 }) {
-            let place = Place { copyset, chunk: FILLER + rng.below(400), block: 0 };
-            let kind = if filling { Kind::Write } else { Kind::Delete };
+            let place = Place { copyset, chunk: FILLER + rng.below(40), block: 0 };
+            let kind = if filling && rng.ppm(700_000) { Kind::Write } else { Kind::Delete };
             return (kind, place, 1);
         }
         let chunk = rng.between(1, MORTAL);
@@ -274,6 +275,7 @@ impl Client {
         let status = codec::get_number(&fields, 1);
         match waiting {
             Waiting::Copyset(_) if frame.error == 0 && matches!(status, Some(0 | 1)) => {}
+            Waiting::Copyset(id) if world.nodes[0].disk.exposed.lost(id) => {}
             Waiting::Copyset(_) => self.unanswered(&waiting),
             Waiting::Op(id) => {
                 let status = if frame.error == 0 { status.unwrap_or(u64::MAX) } else { 1000 };
@@ -302,7 +304,17 @@ impl Client {
             _ => Outcome::Unknown,
         };
         if status == 3 {
+            rot::name_the_harmed(&mut world.nodes[0].disk);
+        }
+        let exposed = &mut world.nodes[0].disk.exposed;
+        // A disk that made nothing durable may have forgotten a copyset as well.
+        let harmed = status == 3 && exposed.explains(&record) || status == 6 && exposed.everything;
+        if harmed {
+            history.count("refused for what is harmed");
+        } else if status == 3 {
             history.violations.push(format!("CRC_FAIL, but nothing rotted: {record:?}"));
+        } else if record.outcome == Outcome::Done {
+            exposed.heal(&record, record.end);
         }
         if status == 4 || status == 10 {
             history.violations.push(format!("a good request was refused with {status}: {record:?}"));
@@ -327,7 +339,7 @@ impl Client {
                 }
             }
         }
-        let done = record.outcome == Outcome::Done;
+        let done = record.outcome == Outcome::Done || harmed;
         history.records[id] = record;
         done
     }

@@ -6,10 +6,14 @@
 //! * `dsync` makes that write durable when it completes; a sync, every write that completed before it was submitted.
 //! * A power cut keeps, drops or tears each un-synced or in-flight write on its own, sector by sector. A kill keeps what
 //!   completed; writes in flight land wholly, partly or not at all.
+//! * It may break its promises, each on demand: bits rot at rest, a read or a write goes to a wrong place, and while it
+//!   *lies* no sync and no dsync write makes anything durable. What that exposes is noted (`exposed`).
 //! * A failed write may have written any of its sectors; a failed sync may have thrown away any write it covers
 //!   (reads show that: with O_DIRECT there is no page cache that would go on showing what the drive lost).
 
+use crate::exposure::Exposure;
 use crate::rng::Rng;
+use crate::rot;
 use crate::world::Route;
 use chunkserver::io::buffer::{BLOCK, PoolBuf};
 use chunkserver::io::{Bufs, Done, Errno, Op};
@@ -29,6 +33,14 @@ pub(crate) struct Faults {
     pub(crate) spike_ppm: u32,
     /// Every latency is multiplied by this plus one.
     pub(crate) slower: u64,
+    /// Chance of a read that returns what lies elsewhere.
+    pub(crate) stray_read_ppm: u32,
+    /// Chance of a write to the CRC zone or a slot that lands elsewhere, and not where it should.
+    pub(crate) stray_write_ppm: u32,
+    /// Syncs and dsync writes are acknowledged and make nothing durable.
+    pub(crate) lying: bool,
+    /// Chance of a write that is acknowledged and not made.
+    pub(crate) lost_write_ppm: u32,
 }
 
 /// What the disk has seen; for the report and for asserting that faults did happen.
@@ -40,6 +52,10 @@ pub(crate) struct Counts {
     pub(crate) torn: u64,
     pub(crate) lost: u64,
     pub(crate) survived: u64,
+    pub(crate) stray_reads: u64,
+    pub(crate) stray_writes: u64,
+    pub(crate) lost_flushes: u64,
+    pub(crate) lost_writes: u64,
 }
 
 #[derive(Clone, Debug)]
@@ -87,6 +103,7 @@ pub(crate) struct Disk {
     completed: u64,
     pub(crate) faults: Faults,
     pub(crate) counts: Counts,
+    pub(crate) exposed: Exposure,
 }
 
 fn gather(bufs: &Bufs) -> Rc<[u8]> {
@@ -107,6 +124,7 @@ impl Disk {
             completed: 0,
             faults: Faults::default(),
             counts: Counts::default(),
+            exposed: Exposure::default(),
         }
     }
 
@@ -126,9 +144,27 @@ impl Disk {
         &self.live[offset as usize..offset as usize + len]
     }
 
-    /// Flip one bit for good, silently.
-    pub(crate) fn rot(&mut self, offset: u64, bit: u8) {
-        self.live[offset as usize] ^= 1 << (bit & 7);
+    /// What a power cut would leave for sure.
+    pub(crate) fn durable(&self, offset: u64, len: usize) -> &[u8] {
+        &self.durable[offset as usize..offset as usize + len]
+    }
+
+    /// Whether nothing there is on its way or waits for a sync.
+    pub(crate) fn rests(&self, offset: u64, len: u64) -> bool {
+        let sectors = offset / SECTOR as u64..(offset + len) / SECTOR as u64;
+        let overlaps = |(_, flight): &(Route, Flight)| match flight {
+            Flight::Write { offset: start, bufs, .. } => {
+                let end = start + bufs.iter().map(bytes::Bytes::len).sum::<usize>() as u64;
+                *start < offset + len && offset < end
+            }
+            _ => false,
+        };
+        self.pending.range(sectors).next().is_none() && !self.flights.values().any(overlaps)
+    }
+
+    /// Change the bits of `mask` in one byte for good, silently.
+    pub(crate) fn rot(&mut self, offset: u64, mask: u8) {
+        self.live[offset as usize] ^= mask;
         self.durable[offset as usize] = self.live[offset as usize];
         self.pending.remove(&(offset / SECTOR as u64));
     }
@@ -175,6 +211,12 @@ impl Disk {
         ))
     }
 
+    /// Whether an operation that should make something durable does not.
+    fn lies(&mut self) -> bool {
+        self.counts.lost_flushes += u64::from(self.faults.lying);
+        self.faults.lying
+    }
+
     fn fails(&mut self, ppm: u32, rng: &mut Rng) -> bool {
         let fails = rng.ppm(ppm);
         self.counts.eio += u64::from(fails);
@@ -186,6 +228,12 @@ impl Disk {
         if self.fails(self.faults.read_ppm, rng) {
             buf.iter_mut().for_each(|byte| *byte = 0xde);
             return Err(EIO);
+        }
+        if rng.ppm(self.faults.stray_read_ppm) {
+            self.counts.stray_reads += 1;
+            let elsewhere = rng.below((self.live.len() - buf.len()) as u64) as usize / BLOCK * BLOCK;
+            buf.copy_from_slice(&self.live[elsewhere..elsewhere + buf.len()]);
+            return Ok(());
         }
         buf.copy_from_slice(self.live.get(at..at + buf.len()).ok_or(EIO)?);
         for (_, flight) in self.flights.values() {
@@ -211,6 +259,14 @@ impl Disk {
         }
         self.completed += 1;
         let failed = self.fails(self.faults.write_ppm, rng);
+        if rng.ppm(self.faults.lost_write_ppm) {
+            self.counts.lost_writes += 1;
+            return Ok(());
+        }
+        let stray = if rng.ppm(self.faults.stray_write_ppm) { rot::stray(self, offset, &data, rng) } else { None };
+        self.counts.stray_writes += u64::from(stray.is_some());
+        let offset = stray.unwrap_or(offset);
+        let dsync = dsync && !self.lies();
         for at in (0..data.len()).step_by(SECTOR) {
             if failed && rng.coin() {
                 continue;
@@ -235,6 +291,9 @@ impl Disk {
 
     fn sync(&mut self, mark: u64, rng: &mut Rng) -> Result<(), Errno> {
         let failed = self.fails(self.faults.sync_ppm, rng);
+        if self.lies() {
+            return if failed { Err(EIO) } else { Ok(()) };
+        }
         let mut fates = BTreeMap::new();
         let (live, durable) = (&mut self.live, &mut self.durable);
         self.pending.retain(|&sector, versions| {
@@ -435,7 +494,7 @@ mod tests {
         assert!(buf.contains(&7) && buf.contains(&8) && !buf.contains(&0));
         bench.crash(Crash::Power);
         assert!(bench.finish(write).is_none());
-        bench.disk.rot(5, 1);
+        bench.disk.rot(5, 1 << 1);
         assert_eq!(bench.byte(0), None);
         assert_eq!(bench.disk.len(), 1 << 20);
     }

@@ -1,7 +1,7 @@
 //! What the clients did and saw, and how a block's content names the write it came from.
 
 use crate::checker::{self, BlockOp, Kind as BlockKind, NEVER};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 pub(crate) const BLOCK: usize = 4096;
 const MAGIC: u64 = 0x7374_616d_7065_6421;
@@ -26,6 +26,14 @@ fn word(place: Place, value: u64, at: u64) -> u64 {
 /// The content of a block for this value. Every sector carries it, so a torn block cannot pass for a whole one.
 pub(crate) fn stamp(place: Place, value: u64, out: &mut Vec<u8>) {
     (0..BLOCK as u64 / 8).for_each(|at| out.extend_from_slice(&word(place, value, at).to_le_bytes()));
+}
+
+/// The place a block's content was written for, if it is whole.
+pub(crate) fn place_of(block: &[u8]) -> Option<Place> {
+    let word = |at: usize| Some(u64::from_le_bytes(block.get(at * 8..at * 8 + 8)?.try_into().ok()?));
+    let name = word(2).filter(|_| word(0) == Some(MAGIC))?;
+    let place = Place { copyset: name >> 48, chunk: name >> 16 & 0xffff_ffff, block: name & 0xffff };
+    unstamp(place, block).map(|_| place)
 }
 
 /// The value of a block's content: 0 for zeros, `None` for anything that no write put there.
@@ -84,6 +92,9 @@ pub(crate) struct History {
     pub(crate) calm: bool,
     /// Clients try to fill the chunk pool.
     pub(crate) filling: bool,
+    /// When a disk that had broken its word lost power: two points in time, with nothing between them. What was
+    /// answered before may be gone, but each block then is what it once was, and all rules hold again.
+    pub(crate) forgotten: Option<(u64, u64)>,
 }
 
 impl History {
@@ -145,7 +156,11 @@ impl History {
     /// Check every block; what is wrong is added to `violations`.
     pub(crate) fn check(&mut self) {
         for (place, ops) in self.per_block() {
-            if let Err(violation) = checker::check(&ops) {
+            let result = match self.forgotten {
+                Some(when) => check_twice(&ops, when),
+                None => checker::check(&ops),
+            };
+            if let Err(violation) = result {
                 let mut ops = ops;
                 ops.sort_by_key(|op| op.start);
                 self.violations.push(format!("{place:?}: {violation}\n    {}", show(&ops)));
@@ -155,13 +170,36 @@ impl History {
 
     /// Writes without an answer: how many were seen later, how many never.
     pub(crate) fn unanswered(&self) -> (usize, usize) {
-        let seen: std::collections::BTreeSet<u64> = self.records.iter().flat_map(|r| &r.seen).copied().collect();
+        let seen: BTreeSet<u64> = self.records.iter().flat_map(|r| &r.seen).copied().collect();
         let open = |(_, r): &(usize, &Record)| r.kind == Kind::Write && r.outcome == Outcome::Unknown;
         let all: Vec<_> = self.records.iter().enumerate().filter(open).collect();
         let survived =
             all.iter().filter(|(id, r)| (0..r.blocks).any(|at| seen.contains(&Self::value(*id, at)))).count();
         (survived, all.len() - survived)
     }
+}
+
+/// Check what was before a point where anything may have been forgotten, and what was after it. There each block holds
+/// one of the values it ever had.
+fn check_twice(ops: &[BlockOp], (from, to): (u64, u64)) -> Result<(), String> {
+    let (old, mut new): (Vec<BlockOp>, Vec<BlockOp>) = ops.iter().partition(|op| op.start < from);
+    checker::check(&old)?;
+    let writes = |ops: &[BlockOp]| -> BTreeSet<u64> {
+        ops.iter().filter_map(|op| if let BlockKind::Write(value) = op.kind { Some(value) } else { None }).collect()
+    };
+    let (before, after) = (writes(&old), writes(&new));
+    let seen = new.iter().filter_map(|op| match op.kind {
+        BlockKind::Read(value) if value != 0 && op.end != NEVER && !after.contains(&value) => Some(value),
+        _ => None,
+    });
+    let seen: BTreeSet<u64> = seen.collect();
+    if let Some(&value) = seen.first() {
+        if seen.len() > 1 || !before.contains(&value) {
+            return Err(format!("{seen:x?} were read after the power cut: not one value that the block once had"));
+        }
+        new.push(BlockOp { kind: BlockKind::Write(value), start: from, end: to });
+    }
+    checker::check(&new)
 }
 
 fn show(ops: &[BlockOp]) -> String {
@@ -177,6 +215,20 @@ mod tests {
     use super::*;
 
     #[test]
+    fn what_a_lying_disk_forgot_was_once_there() {
+        let op = |kind, start, end| BlockOp { kind, start, end };
+        let old = [op(BlockKind::Write(1), 1, 2), op(BlockKind::Write(2), 3, 4), op(BlockKind::Write(3), 5, NEVER)];
+        let after = |new: &[BlockOp]| check_twice(&[&old, new].concat(), (10, 11));
+        for once in 0..=3 {
+            assert!(after(&[op(BlockKind::Read(once), 12, 13), op(BlockKind::Read(once), 14, 15)]).is_ok());
+        }
+        assert!(after(&[op(BlockKind::Read(1), 12, 13), op(BlockKind::Read(2), 14, 15)]).is_err(), "one of them");
+        assert!(after(&[op(BlockKind::Read(4), 12, 13)]).is_err(), "nobody wrote it");
+        let anew = [op(BlockKind::Write(5), 12, 13), op(BlockKind::Read(2), 14, 15)];
+        assert!(after(&anew).is_err(), "what is written afterwards stays");
+    }
+
+    #[test]
     fn stamps_name_their_write_and_only_theirs() {
         let place = Place { copyset: 3, chunk: 2, block: 7 };
         let (mut block, mut other) = (Vec::new(), Vec::new());
@@ -187,5 +239,6 @@ mod tests {
         block[512..1024].copy_from_slice(&other[512..1024]);
         assert_eq!(unstamp(place, &block), None, "a torn block");
         assert_eq!(unstamp(place, &[0; BLOCK]), Some(0));
+        assert_eq!((place_of(&other), place_of(&block), place_of(&[0; BLOCK])), (Some(place), None, None));
     }
 }

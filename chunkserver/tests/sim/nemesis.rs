@@ -3,6 +3,7 @@
 use crate::disk::{Crash, Faults};
 use crate::history::History;
 use crate::rng::Rng;
+use crate::rot;
 use crate::run::Actor;
 use crate::world::{ActorEvent, Command, World};
 use bytes::Bytes;
@@ -17,7 +18,7 @@ const RESTART: u64 = 2;
 const CALM: u64 = 3;
 const CRASH_AGAIN: u64 = 4;
 
-const KINDS: [&str; 14] = [
+const KINDS: [&str; 18] = [
     "power cut",
     "power cut",
     "kill",
@@ -32,6 +33,10 @@ const KINDS: [&str; 14] = [
     "connection resets",
     "rude peers",
     "full pool",
+    "rot at rest",
+    "misdirected reads",
+    "misdirected writes",
+    "clock jump",
 ];
 
 pub(crate) struct Nemesis {
@@ -49,6 +54,8 @@ pub(crate) struct Nemesis {
     /// Errors the disk had given before an EIO fault began, and how often that fault may still be prolonged.
     eio_before: u64,
     prolong: u64,
+    /// Through how many more faults the pool stays full.
+    filling_left: u64,
     rude: Vec<ConnId>,
     pub(crate) counts: BTreeMap<&'static str, u64>,
     finished: bool,
@@ -68,6 +75,7 @@ impl Nemesis {
             crash_after: false,
             eio_before: 0,
             prolong: 0,
+            filling_left: 0,
             rude: Vec::new(),
             counts: BTreeMap::new(),
             finished: false,
@@ -82,13 +90,22 @@ impl Nemesis {
     fn strike(&mut self, world: &mut World) {
         if self.faults_left == 0 {
             self.finished = true;
-            self.history.borrow_mut().calm = true;
+            let mut history = self.history.borrow_mut();
+            (history.calm, history.filling) = (true, false);
             return;
         }
         self.faults_left -= 1;
         self.kind = KINDS[self.rng.below(KINDS.len() as u64) as usize];
-        *self.counts.entry(self.kind).or_default() += 1;
         self.crash_after = false;
+        if self.filling_left == 0 {
+            self.history.borrow_mut().filling = false;
+        }
+        self.filling_left = self.filling_left.saturating_sub(1);
+        if !self.distrust(world) {
+            // Nothing there that could be harmed: something else.
+            self.kind = "kill";
+        }
+        *self.counts.entry(self.kind).or_default() += 1;
         let ppm = self.rng.between(20_000, 400_000) as u32;
         (self.eio_before, self.prolong) = (world.nodes[0].disk.counts.eio, 10);
         let faults = &mut world.nodes[0].disk.faults;
@@ -103,7 +120,10 @@ impl Nemesis {
             "read EIO" => faults.read_ppm = ppm,
             "write EIO" => (faults.write_ppm, self.crash_after) = (ppm / 4, true),
             "sync EIO" => (faults.sync_ppm, self.crash_after) = (ppm, true),
-            "slow disk" => (faults.slower, faults.spike_ppm) = (self.rng.below(40), ppm / 20),
+            "slow disk" => {
+                let most = [40, 200, 1_000][self.rng.below(3) as usize];
+                (faults.slower, faults.spike_ppm) = (self.rng.between(9, most), ppm / 20);
+            }
             "slow network" => {
                 world.net.faults.slower = self.rng.below(100);
                 world.net.faults.enobufs_ppm = ppm / 4;
@@ -120,11 +140,41 @@ impl Nemesis {
             "rude peers" => (0..4).for_each(|_| self.rude.push(world.connect(self.me, 0, ListenerId(0)))),
             "full pool" => {
                 self.history.borrow_mut().filling = true;
+                // Crashes are to find it full, and slots changing hands.
+                self.filling_left = self.rng.between(1, 3);
                 return self.after(world, 30_000, 200_000, CALM);
             }
-            other => unreachable!("{other}"),
+            // From a millisecond to a month.
+            "clock jump" => world.jump(0, 1_000_000 << self.rng.below(32)),
+            _ => {} // done by `distrust`
         }
         self.after(world, 2_000, 150_000, CALM);
+    }
+
+    /// Begin a fault of a disk that breaks its promises silently; false when this one is impossible here.
+    fn distrust(&mut self, world: &mut World) -> bool {
+        let (ppm, now) = (self.rng.between(50_000, 500_000) as u32, world.stamp());
+        let World { nodes, rng, .. } = world;
+        let disk = &mut nodes[0].disk;
+        if !self.kind.starts_with("rot") && !self.kind.starts_with("misdirected") {
+            return true;
+        }
+        if rot::layout(disk).is_none() {
+            return false;
+        }
+        disk.exposed.now = now;
+        match self.kind {
+            "misdirected reads" => {
+                disk.faults.stray_read_ppm = ppm;
+                disk.exposed.reads(u64::MAX);
+            }
+            "misdirected writes" => disk.faults.stray_write_ppm = ppm / 2,
+            _ => match rot::strike(disk, rng) {
+                Some(what) => self.kind = what,
+                None => return false,
+            },
+        }
+        true
     }
 
     /// Crash after some more disk operations, or after some time if there are too few.
@@ -165,9 +215,13 @@ impl Nemesis {
             self.prolong -= 1;
             return self.after(world, 2_000, 50_000, CALM);
         }
-        world.nodes[0].disk.faults = Faults::default();
+        let now = world.stamp();
+        let disk = &mut world.nodes[0].disk;
+        disk.faults = Faults::default();
+        if self.kind == "misdirected reads" {
+            disk.exposed.reads(now);
+        }
         world.net.faults = crate::net::Faults::default();
-        self.history.borrow_mut().filling = false;
         for conn in std::mem::take(&mut self.rude) {
             world.close(self.me, conn, true);
         }

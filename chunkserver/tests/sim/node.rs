@@ -20,7 +20,7 @@ use std::net::Ipv4Addr;
 use std::sync::Arc;
 
 const SHARDS: u16 = 2;
-const SIZE: u64 = 64 << 20;
+const SIZE: u64 = 40 << 20;
 const CHUNK: u32 = 256 << 10;
 const SEGMENT: u64 = 1 << 20;
 const LOG: u64 = 12 * SEGMENT;

@@ -38,6 +38,8 @@ pub(crate) struct Sim {
     pub(crate) actors: Vec<Box<dyn Actor>>,
     /// Reasons given by programs that stopped by themselves, and how often.
     pub(crate) exits: BTreeMap<String, u64>,
+    /// How often programs may still stop by themselves before a run is given up.
+    pub(crate) exits_left: u64,
 }
 
 impl Sim {
@@ -49,8 +51,14 @@ impl Sim {
             world.add_node(disk);
         }
         let programs = (0..nodes).map(|_| Vec::new()).collect();
-        let mut sim =
-            Self { world: Rc::new(RefCell::new(world)), system, programs, actors: Vec::new(), exits: BTreeMap::new() };
+        let mut sim = Self {
+            world: Rc::new(RefCell::new(world)),
+            system,
+            programs,
+            actors: Vec::new(),
+            exits: BTreeMap::new(),
+            exits_left: u64::MAX,
+        };
         (0..nodes).for_each(|node| sim.command(Command::Boot(node)));
         sim
     }
@@ -81,7 +89,8 @@ impl Sim {
         }
     }
 
-    /// Run until every actor is done; false when `limit` (virtual ns) came first or nothing was left to happen.
+    /// Run until every actor is done; false when `limit` (virtual ns) came first, nothing was left to happen, or programs
+    /// stopped by themselves too often.
     pub(crate) fn run(&mut self, limit: u64) -> bool {
         loop {
             let next = self.world.borrow_mut().step();
@@ -98,7 +107,7 @@ impl Sim {
             }
             let commands = std::mem::take(&mut self.world.borrow_mut().commands);
             commands.into_iter().for_each(|command| self.command(command));
-            if self.world.borrow().now() > limit {
+            if self.world.borrow().now() > limit || self.exits_left == 0 {
                 return false;
             }
         }
@@ -108,6 +117,7 @@ impl Sim {
         if let Some(reason) = self.programs[node][usize::from(shard)].turn() {
             // A process that gives up is gone as if killed; whoever watches over it may start it again.
             *self.exits.entry(reason).or_default() += 1;
+            self.exits_left -= 1;
             self.command(Command::Crash(node, crate::disk::Crash::Kill));
             return;
         }

@@ -1,10 +1,12 @@
 //! One seed: a node, clients, a nemesis; then calm, a sweep over every block, a power cut, and the sweep again.
 
+use crate::canary::Canary;
 use crate::client::{Client, Shape};
-use crate::disk::Crash;
+use crate::disk::{Crash, Faults};
 use crate::history::{History, Outcome as OpOutcome};
 use crate::nemesis::Nemesis;
 use crate::rng::Rng;
+use crate::rot;
 use crate::run::{Sim, System};
 use crate::world::Command;
 use std::cell::RefCell;
@@ -80,9 +82,15 @@ fn shape(rng: &mut Rng, peer: &str) -> Shape {
 
 /// Run one seed.
 pub(crate) fn run(seed: u64, system: Box<dyn System>) -> Outcome {
+    run_with(seed, system, None)
+}
+
+/// Run one seed with a bug planted below the server.
+pub(crate) fn run_with(seed: u64, system: Box<dyn System>, canary: Option<Canary>) -> Outcome {
     let peer = system.peer();
     let mut rng = Rng::new(seed ^ 0x5eed);
     let mut sim = Sim::new(seed, system, 1);
+    sim.world.borrow_mut().canary = canary;
     let history = Rc::new(RefCell::new(History::default()));
     for _ in 0..CLIENTS {
         let shape = shape(&mut rng, &peer);
@@ -93,31 +101,91 @@ pub(crate) fn run(seed: u64, system: Box<dyn System>) -> Outcome {
     let nemesis = Rc::new(RefCell::new(Nemesis::new(sim.actors.len(), &history, rng.fork(), faults)));
     sim.add_actor(Box::new(Watched(Rc::clone(&nemesis))));
 
-    let mut stuck = None;
-    if !sim.run(PATIENCE) {
-        stuck = Some("clients or nemesis did not finish");
+    let mut run = Run { sim, history, rng, peer };
+    let mut stuck = if run.sim.run(PATIENCE) { None } else { Some("clients or nemesis did not finish") };
+    stuck = stuck.or_else(|| run.read_all(2));
+    if stuck.is_none() && run.rng.below(3) == 0 {
+        stuck = run.distrust(&nemesis);
     }
-    for round in 0..2 {
-        if stuck.is_some() {
-            break;
-        }
-        if round == 1 {
-            sim.command(Command::Crash(0, Crash::Power));
-            sim.command(Command::Boot(0));
-        }
-        let shape = Shape { depth: 8, timeout_ns: 500_000_000, ..shape(&mut rng, &peer) };
-        let sweep = Client::sweep(sim.actors.len(), &shape, &history, rng.fork());
-        sim.add_actor(Box::new(sweep));
-        let limit = sim.world.borrow().now() + PATIENCE;
-        if !sim.run(limit) {
-            stuck = Some("the last reads did not finish");
-        }
-    }
+    let Run { sim, history, .. } = run;
     let mut history = history.borrow_mut();
     history.violations.extend(stuck.map(|why| format!("no progress: {why}")));
     history.check();
     let counts = nemesis.borrow().counts.clone();
     report(seed, &sim, &history, counts)
+}
+
+/// A seed under way.
+struct Run {
+    sim: Sim,
+    history: Rc<RefCell<History>>,
+    rng: Rng,
+    peer: String,
+}
+
+impl Run {
+    /// Read every block `rounds` times, with a power cut between two rounds. Why that did not end, if it did not.
+    fn read_all(&mut self, rounds: u64) -> Option<&'static str> {
+        for round in 0..rounds {
+            if round > 0 {
+                self.restart(Crash::Power);
+            }
+            let shape = Shape { depth: 8, timeout_ns: 500_000_000, ..shape(&mut self.rng, &self.peer) };
+            let sweep = Client::sweep(self.sim.actors.len(), &shape, &self.history, self.rng.fork());
+            self.sim.add_actor(Box::new(sweep));
+            if !self.go(PATIENCE) {
+                return Some("the last reads did not finish");
+            }
+        }
+        None
+    }
+
+    fn go(&mut self, ns: u64) -> bool {
+        let limit = self.sim.world.borrow().now() + ns;
+        self.sim.run(limit)
+    }
+
+    fn restart(&mut self, crash: Crash) {
+        self.sim.command(Command::Crash(0, crash));
+        self.sim.command(Command::Boot(0));
+    }
+
+    /// The disk breaks its word in a way that one replica cannot make good: for a while it makes nothing durable, or
+    /// loses writes; then the power fails. What it forgot is forgotten, and the checker is told so. But what is served is
+    /// never garbage, and from then on all rules hold again. A server that finds the disk beyond use may refuse it.
+    fn distrust(&mut self, nemesis: &RefCell<Nemesis>) -> Option<&'static str> {
+        rot::layout(&self.sim.world.borrow().nodes[0].disk)?;
+        let lying = self.rng.coin();
+        {
+            let disk = &mut self.sim.world.borrow_mut().nodes[0].disk;
+            let lost_write_ppm = if lying { 0 } else { self.rng.between(1_000, 100_000) as u32 };
+            disk.faults = Faults { lying, lost_write_ppm, ..Faults::default() };
+            disk.exposed.everything = !lying;
+        }
+        *nemesis.borrow_mut().counts.entry(if lying { "lost flush" } else { "lost writes" }).or_default() += 1;
+        for _ in 0..CLIENTS {
+            let shape = shape(&mut self.rng, &self.peer);
+            let client = Client::random(self.sim.actors.len(), &shape, &self.history, self.rng.fork(), 40);
+            self.sim.add_actor(Box::new(client));
+        }
+        let ns = self.rng.between(1_000_000, 150_000_000);
+        self.go(ns);
+        self.sim.command(Command::Crash(0, Crash::Power));
+        {
+            let mut world = self.sim.world.borrow_mut();
+            world.nodes[0].disk.faults = Faults::default();
+            world.nodes[0].disk.exposed.everything = true;
+            self.history.borrow_mut().forgotten = Some((world.stamp(), world.stamp()));
+        }
+        self.sim.command(Command::Boot(0));
+        self.sim.exits_left = 3;
+        let stuck = if self.go(PATIENCE) { self.read_all(2) } else { Some("clients did not finish") };
+        if stuck.is_some() && self.sim.exits_left == 0 {
+            self.history.borrow_mut().count("refused a disk beyond use");
+            return None;
+        }
+        stuck
+    }
 }
 
 fn report(seed: u64, sim: &Sim, history: &History, faults: BTreeMap<&'static str, u64>) -> Outcome {
@@ -131,6 +199,10 @@ fn report(seed: u64, sim: &Sim, history: &History, faults: BTreeMap<&'static str
         ("torn writes", disk.torn),
         ("lost writes", disk.lost),
         ("kept un-synced writes", disk.survived),
+        ("reads gone astray", disk.stray_reads),
+        ("writes gone astray", disk.stray_writes),
+        ("flushes not done", disk.lost_flushes),
+        ("writes not done", disk.lost_writes),
         ("resets", world.net.resets),
         ("refused connections", world.net.refusals),
         ("unanswered writes seen later", survived as u64),

@@ -5,6 +5,7 @@
 //! Order is (time, serial) and every choice is drawn from one generator, so a seed is a history. Nothing here knows what
 //! a node runs.
 
+use crate::canary::Canary;
 use crate::disk::{Crash, Disk};
 use crate::net::{Effect, Net, NetEvent, Owner};
 use crate::rng::Rng;
@@ -72,6 +73,8 @@ struct Port {
     busy: bool,
     turn_at: u64,
     turn_serial: u64,
+    /// It has used its disk in this life.
+    disk_used: bool,
 }
 
 pub(crate) struct Node {
@@ -81,6 +84,8 @@ pub(crate) struct Node {
     ports: Vec<Port>,
     /// No shard gets a turn before this: the process is stopped, or starved.
     paused_until: u64,
+    /// What its clock shows beyond the world's. It counts suspension, so it jumps ahead; it starts anew with the power.
+    clock_ahead: i64,
     /// Who is told after how many more disk operations.
     trip: Option<(usize, u64)>,
 }
@@ -96,6 +101,8 @@ pub(crate) struct World {
     /// Running hash of every event: two runs with one hash did the same.
     pub(crate) trace: u64,
     pub(crate) turns: u64,
+    /// A bug planted below the server.
+    pub(crate) canary: Option<Canary>,
 }
 
 fn mix(hash: u64, value: u64) -> u64 {
@@ -114,6 +121,7 @@ impl World {
             commands: Vec::new(),
             trace: 0xcbf2_9ce4_8422_2325,
             turns: 0,
+            canary: None,
         }
     }
 
@@ -133,7 +141,15 @@ impl World {
     }
 
     pub(crate) fn add_node(&mut self, disk: Disk) -> usize {
-        self.nodes.push(Node { disk, up: false, life: 0, ports: Vec::new(), paused_until: 0, trip: None });
+        self.nodes.push(Node {
+            disk,
+            up: false,
+            life: 0,
+            ports: Vec::new(),
+            paused_until: 0,
+            clock_ahead: 0,
+            trip: None,
+        });
         self.nodes.len() - 1
     }
 
@@ -154,6 +170,21 @@ impl World {
     /// Stop a node's programs for a while; disk, network and clock go on.
     pub(crate) fn pause(&mut self, node: usize, ns: u64) {
         self.nodes[node].paused_until = self.now + ns;
+    }
+
+    /// A node's clock jumps ahead, as after a suspension.
+    pub(crate) fn jump(&mut self, node: usize, ns: u64) {
+        self.nodes[node].clock_ahead += ns as i64;
+    }
+
+    /// What a node's clock shows.
+    fn node_now(&self, node: usize) -> Instant {
+        Instant(self.now.wrapping_add_signed(self.nodes[node].clock_ahead))
+    }
+
+    /// When a node's clock will show `time`, if it does not jump.
+    fn when(&self, node: usize, time: Instant) -> u64 {
+        if time == Instant::FAR { u64::MAX } else { self.now + time.since_ns(self.node_now(node)) }
     }
 
     /// Forget the trip wire; true if there was one.
@@ -221,6 +252,10 @@ impl World {
         this.life += 1;
         this.ports.clear();
         this.disk.crash(crash, &mut self.rng);
+        if crash == Crash::Power {
+            let uptime = self.rng.between(1_000_000_000, 100_000_000_000);
+            this.clock_ahead = uptime as i64 - self.now as i64;
+        }
         self.net.crash(self.now, &mut self.rng, node);
         self.settle();
     }
@@ -257,6 +292,7 @@ impl World {
         self.note(at ^ serial.rotate_left(32));
         match event {
             Event::Disk { node, id } => {
+                self.nodes[node].disk.exposed.now = self.serial;
                 if let Some((route, done)) = self.nodes[node].disk.finish(id, &mut self.rng) {
                     self.complete(route, done);
                 }
@@ -322,6 +358,16 @@ impl World {
     }
 
     fn start_disk(&mut self, route: Route, op: Op) {
+        let used = self.nodes[route.node].ports.get_mut(usize::from(route.shard)).map(|port| &mut port.disk_used);
+        let first = used.is_some_and(|used| !std::mem::replace(used, true));
+        let (there, here) = match self.canary {
+            Some(canary) => canary.bend(route, op, first),
+            None => (Some((route, op)), None),
+        };
+        if let Some(done) = here {
+            self.push(self.now, Event::Complete(route, done));
+        }
+        let Some((route, op)) = there else { return };
         let node = &mut self.nodes[route.node];
         let (id, latency) = node.disk.start(route, op, &mut self.rng);
         let tripped = match &mut node.trip {
@@ -351,7 +397,7 @@ pub(crate) struct SimIo {
 
 impl SimIo {
     pub(crate) fn new(world: &Shared, node: usize, shard: u16, life: u64) -> Self {
-        let now = Instant(world.borrow().now());
+        let now = world.borrow().node_now(node);
         Self { world: Rc::clone(world), node, shard, life, now }
     }
 }
@@ -371,7 +417,7 @@ impl Io for SimIo {
     fn turn(&mut self, deadline: Instant, out: &mut Vec<Completion>) {
         let world = &mut *self.world.borrow_mut();
         let (node, shard, life) = (self.node, self.shard, self.life);
-        self.now = Instant(world.now);
+        self.now = world.node_now(node);
         if world.nodes[node].life != life {
             return;
         }
@@ -379,10 +425,11 @@ impl Io for SimIo {
         for (token, op) in queued {
             world.start(Route { node, shard, life, token }, op);
         }
+        let deadline = world.when(node, deadline);
         let port = &mut world.nodes[node].ports[usize::from(shard)];
         world.rng.shuffle(&mut port.ready);
-        port.busy |= !port.ready.is_empty() || deadline.0 <= world.now;
-        port.deadline = deadline.0;
+        port.busy |= !port.ready.is_empty() || deadline <= world.now;
+        port.deadline = deadline;
         out.append(&mut port.ready);
     }
 }

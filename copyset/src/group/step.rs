@@ -49,18 +49,29 @@ impl Copyset {
         let outcome = self.raw.step(message).map_err(|e| StepError::Raft(e.to_string()));
         self.look();
         let raft = &self.raw.raft;
-        let of_this_term = outcome.is_ok() && term == raft.term;
-        if of_this_term && from_leader(kind) && raft.leader_id == from && raft.state == StateRole::Follower {
-            self.time.heard(self.time.now());
-            self.removed = false;
+        if outcome.is_err() || term != raft.term {
+            return outcome;
         }
-        if of_this_term && kind == MessageType::MsgHeartbeatResponse && raft.state == StateRole::Leader {
-            if let Some(round) = round {
-                self.lease.echo(from, round);
-                self.settle_lease();
+        match raft.state {
+            StateRole::Follower if from_leader(kind) && raft.leader_id == from => self.heard_leader(),
+            StateRole::Leader if kind == MessageType::MsgHeartbeatResponse => {
+                if let Some(round) = round {
+                    self.lease.echo(from, round);
+                    self.settle_lease();
+                }
             }
+            _ => {}
         }
         outcome
+    }
+
+    fn heard_leader(&mut self) {
+        let first = self.time.never_led();
+        self.time.heard(self.time.now());
+        self.removed = false;
+        if first {
+            self.draw_timeout(); // what was drawn was for a copyset without a leader
+        }
     }
 
     fn receiver(&self) -> Receiver {

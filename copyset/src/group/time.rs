@@ -133,7 +133,7 @@ impl Copyset {
                 let wait = (t / 8) << self.time.attempts.saturating_sub(1).min(BACKOFF_MAX);
                 (wait, wait)
             }
-            StateRole::Candidate => (t / 2, t / 2),
+            StateRole::Candidate => (t / 4, t / 4),
             StateRole::Follower if self.time.never_led() && self.time.attempts == 0 => (t / 8, t / 4),
             StateRole::Follower | StateRole::Leader => (t, t / 2),
         };

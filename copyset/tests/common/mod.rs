@@ -2,9 +2,11 @@
 //! what was applied. A crash keeps any part of the writes in flight, sector by sector.
 #![allow(dead_code, unreachable_pub, clippy::unwrap_used)]
 
+pub mod net;
+
 use bytes::Bytes;
 use copyset::raft::eraftpb::Message;
-use copyset::{Config, Copyset, Effect};
+use copyset::{ChangeFailed, Changed, Config, Copyset, Effect, StepError};
 use raftlog::{BLOCK, CopysetId, Geometry, Limits, Log, Recovery, WriteId, crc32c};
 use std::cell::RefCell;
 use std::collections::BTreeMap;
@@ -37,11 +39,12 @@ impl Rng {
 pub struct Disk {
     pub image: Vec<u8>,
     flying: Vec<(WriteId, u64, Vec<u8>)>,
+    submitted: u64,
 }
 
 impl Disk {
     pub fn new() -> Self {
-        Self { image: vec![0; SEGMENT as usize * SEGMENTS as usize], flying: Vec::new() }
+        Self { image: vec![0; SEGMENT as usize * SEGMENTS as usize], flying: Vec::new(), submitted: 0 }
     }
 
     /// Starts every write the log has.
@@ -50,6 +53,7 @@ impl Disk {
             let mut bytes = vec![0; len];
             let write = log.take_write(&mut bytes);
             write.payloads.iter().for_each(|p| bytes.extend_from_slice(p));
+            self.submitted = write.seq;
             self.flying.push((write.id, write.offset, bytes));
         }
     }
@@ -117,6 +121,20 @@ pub struct Node {
     pub answered: BTreeMap<u64, Option<bool>>,
     pub outgoing: Vec<Message>,
     pub leader_changes: Vec<(u64, u64, bool)>,
+    /// Its clock.
+    pub now: u64,
+    /// Entries applied that differ from what an earlier life applied there.
+    pub mismatches: usize,
+    /// (index, answered to a client) of what was applied since somebody looked.
+    pub fresh: Vec<(u64, bool)>,
+    /// Cookies of reads: answered, or dropped.
+    pub reads: BTreeMap<u64, bool>,
+    pub fetches: Vec<(u64, u64)>,
+    /// Offers made and received since somebody looked.
+    pub offers_made: Vec<(u64, u64)>,
+    pub offers: Vec<(u64, u64)>,
+    pub installed: usize,
+    pub changes: BTreeMap<u64, Result<Changed, ChangeFailed>>,
 }
 
 impl Node {
@@ -125,7 +143,8 @@ impl Node {
         let mut log = disk.recover();
         log.checkpoint(config.id, Copyset::initial_checkpoint(voters, 1));
         let log = Rc::new(RefCell::new(log));
-        let copyset = Copyset::new(config.clone(), Rc::clone(&log)).expect("a new copyset starts");
+        let now = 1_000_000_000;
+        let copyset = Copyset::new(config.clone(), Rc::clone(&log), now).expect("a new copyset starts");
         let handed_out = copyset.applied_index();
         Self {
             config,
@@ -139,7 +158,30 @@ impl Node {
             answered: BTreeMap::new(),
             outgoing: Vec::new(),
             leader_changes: Vec::new(),
+            now,
+            mismatches: 0,
+            fresh: Vec::new(),
+            reads: BTreeMap::new(),
+            fetches: Vec::new(),
+            offers_made: Vec::new(),
+            offers: Vec::new(),
+            installed: 0,
+            changes: BTreeMap::new(),
         }
+    }
+
+    /// A tick passes, by its clock.
+    pub fn tick(&mut self) {
+        self.now += self.config.tick_ns();
+        self.copyset.tick(self.now);
+    }
+
+    pub fn step(&mut self, message: Message) -> Result<(), StepError> {
+        self.copyset.step(self.now, message)
+    }
+
+    pub fn may_read(&self) -> bool {
+        self.copyset.may_read(self.now)
     }
 
     /// Proposes `blocks` blocks of a pattern made from the cookie.
@@ -178,9 +220,10 @@ impl Node {
                 if let Some(cookie) = entry.cookie {
                     assert!(self.answered.insert(cookie, None).is_none(), "answered once");
                 }
+                self.fresh.push((entry.index, entry.cookie.is_some()));
                 let fact = (entry.term, entry.context, payload);
-                if let Some(before) = self.applied.get(&entry.index) {
-                    assert_eq!(before, &fact, "what was applied is applied again, unchanged");
+                if self.applied.get(&entry.index).is_some_and(|before| *before != fact) {
+                    self.mismatches += 1; // what was applied is applied again, unchanged
                 }
                 self.applied.insert(entry.index, fact);
                 self.copyset.applied(entry.index);
@@ -190,6 +233,15 @@ impl Node {
             }
             Effect::Send(message) => self.outgoing.push(*message),
             Effect::LeaderChanged { leader, term, ready } => self.leader_changes.push((leader, term, ready)),
+            Effect::ReadReady { cookie } => assert!(self.reads.insert(cookie, true).is_none(), "answered once"),
+            Effect::ReadDropped { cookie } => assert!(self.reads.insert(cookie, false).is_none(), "answered once"),
+            Effect::Fetch { low, high } => self.fetches.push((low, high)),
+            Effect::SnapshotNeeded { peer, index, .. } => self.offers_made.push((peer, index)),
+            Effect::SnapshotOffered { from, index, .. } => self.offers.push((from, index)),
+            Effect::Installed { index, .. } => (self.handed_out, self.installed) = (index, self.installed + 1),
+            Effect::ChangeDone { cookie, result } => {
+                assert!(self.changes.insert(cookie, result).is_none(), "answered once");
+            }
         }
     }
 
@@ -202,11 +254,30 @@ impl Node {
         }
     }
 
+    /// Does what `Fetch` effects asked for.
+    pub fn do_fetches(&mut self) {
+        for (low, high) in std::mem::take(&mut self.fetches) {
+            for index in low..high {
+                let place = self.log.borrow().index(ID).unwrap().location(index);
+                if place.is_some() {
+                    let payload = self.fetch(index);
+                    self.log.borrow_mut().restore(ID, index, payload);
+                }
+            }
+            self.copyset.fetched(low, true);
+        }
+    }
+
     fn fetch(&self, index: u64) -> Bytes {
         let log = self.log.borrow();
         let location = log.index(ID).unwrap().location(index).expect("a payload that is not resident is on disk");
         let at = location.offset as usize;
         Bytes::copy_from_slice(&self.disk.image[at..at + location.len])
+    }
+
+    /// Newest batch that is on its way to the disk.
+    pub fn last_submitted(&self) -> u64 {
+        self.disk.submitted
     }
 
     /// Finishes one write in flight; false if there is none.
@@ -227,6 +298,7 @@ impl Node {
                 break;
             }
         }
+        assert_eq!(self.mismatches, 0);
     }
 
     /// Loses everything in memory and starts again from the disk.
@@ -238,9 +310,12 @@ impl Node {
             let first = Copyset::initial_checkpoint(&self.voters, 1);
             self.log.borrow_mut().checkpoint(ID, first);
         }
-        self.copyset = Copyset::new(self.config.clone(), Rc::clone(&self.log)).expect("a copyset restarts");
+        self.copyset = Copyset::new(self.config.clone(), Rc::clone(&self.log), self.now).expect("a copyset restarts");
         self.handed_out = self.copyset.applied_index();
         self.outgoing.clear();
+        self.fetches.clear();
+        self.offers.clear();
+        self.offers_made.clear();
     }
 
     /// The epoch is the number of internal entries up to the index it is asked for.
@@ -257,6 +332,9 @@ impl Node {
 
     /// As the shard does after a write-back round.
     pub fn checkpoint(&mut self, index: u64) {
+        if self.copyset.is_installing() {
+            return;
+        }
         let checkpoint = self.copyset.checkpoint_at(index);
         self.log.borrow_mut().checkpoint(ID, checkpoint);
     }

@@ -27,7 +27,7 @@ impl Rng {
     }
 }
 
-#[derive(Default)]
+#[derive(Clone, Default)]
 pub(super) struct Disk {
     durable: FxHashMap<u64, [u8; SECTOR]>,
     /// Completed or in-flight writes not yet covered by a sync, in order.
@@ -80,6 +80,11 @@ impl Disk {
         let sector = offset / SECTOR as u64 * SECTOR as u64;
         self.durable.entry(sector).or_insert([0; SECTOR])[(offset % SECTOR as u64) as usize] ^= 0x10;
     }
+
+    pub(super) fn set(&mut self, offset: u64, byte: u8) {
+        let sector = offset / SECTOR as u64 * SECTOR as u64;
+        self.durable.entry(sector).or_insert([0; SECTOR])[(offset % SECTOR as u64) as usize] = byte;
+    }
 }
 
 pub(super) fn layout(size: u64, shards: u16, chunk_size: u32) -> Layout {
@@ -103,7 +108,7 @@ pub(super) fn load(
     disk: &Disk,
     known: &BTreeMap<CopysetId, Known>,
 ) -> Result<(Store, LoadReport), LoadError> {
-    let config = StoreConfig { writes_in_flight_max: 4, write_bytes_max: 32 << 10 };
+    let config = StoreConfig { write_bytes_max: 32 << 10 };
     let mut loader = Loader::new(layout, shard, Arc::clone(pool), config);
     while let Some((offset, len)) = loader.next_read() {
         assert!(len <= READ_BYTES_MAX);
@@ -127,7 +132,7 @@ pub(super) fn payload(stamp: u64, blocks: usize) -> (Bytes, BlockCrcs) {
 
 /// Carry out one operation of the round; false when none may start.
 pub(super) fn start_io(store: &mut Store, disk: &mut Disk, arena: &Arc<Arena>) -> Option<(IoId, bool)> {
-    let (id, io) = store.next_io(&mut |len| arena.alloc(len))?;
+    let (id, io) = store.next_io(4, &mut |len| arena.alloc(len))?;
     match io {
         RoundIo::Write { offset, bufs } => {
             disk.write(offset, &bufs.concat());

@@ -2,5 +2,6 @@
 
 mod codec;
 mod disk;
+mod metapages;
 mod model;
 mod scripted;

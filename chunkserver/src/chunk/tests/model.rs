@@ -32,8 +32,8 @@ impl World {
         let per_slot = u64::from(chunk_size) + 64 * 1024;
         let layout = layout((4 << 20) + slots * per_slot, 1, chunk_size);
         let known: BTreeMap<_, _> = [
-            (CopysetId(1), Known { incarnation: 7, checkpoint: 0 }),
-            (CopysetId(2), Known { incarnation: 8, checkpoint: 0 }),
+            (CopysetId(1), Known { incarnation: 7, checkpoint: 0, last: 1 << 40 }),
+            (CopysetId(2), Known { incarnation: 8, checkpoint: 0, last: 1 << 40 }),
         ]
         .into();
         let (mut store, _) = load(&layout, 0, &ExtentPool::new(&layout), &Disk::default(), &known).unwrap();

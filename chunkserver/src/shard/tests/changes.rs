@@ -118,8 +118,8 @@ fn crashes_on_either_side_do_not_spoil_what_is_taken_in() {
 
 #[test]
 fn a_replica_without_space_stops_and_the_others_go_on() {
-    let mut c = Cluster::new(3, &Setup::default(), 5);
-    let small = Setup { size: (128 << 10) * 4 + (1 << 20), peer: peer(2), ..Setup::default() };
+    let mut c = Cluster::new(3, &Setup { size: 16 << 20, ..Setup::default() }, 5);
+    let small = Setup { size: 5 << 20, peer: peer(2), ..Setup::default() };
     c.replace(2, small);
     c.create(ID, &[0, 1, 2]);
     c.until("a node with space leads", |c| {

@@ -8,6 +8,7 @@ use crate::metrics::Registry;
 use crate::shard::mail::{PeerBody, PeerMail};
 use crate::shard::request::{AdminOp, ChunkOp, Origin, Outcome, Reply, Request, RequestOp};
 use crate::shard::{Arenas, Config, Effects, Shard};
+use copyset::raft::eraftpb::{Entry, EntryType};
 use raftlog::{BLOCK, CopysetId};
 use std::collections::BTreeMap;
 
@@ -246,7 +247,10 @@ impl World {
     /// A message of another node, its payload in memory of our own; false when there is none for it.
     pub(super) fn receive(&mut self, mut mail: PeerMail) -> bool {
         if let PeerBody::Raft(message) = &mut mail.body {
-            for entry in message.mut_entries().iter_mut().filter(|entry| !entry.data.is_empty()) {
+            // A membership change carries no payload.
+            let carries =
+                |entry: &&mut Entry| entry.get_entry_type() == EntryType::EntryNormal && !entry.data.is_empty();
+            for entry in message.mut_entries().iter_mut().filter(carries) {
                 let Some(mut buf) = self.arenas.payload.alloc(entry.data.len()) else {
                     self.shard().want_memory();
                     self.pending_turn = true;
