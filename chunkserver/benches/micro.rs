@@ -146,8 +146,8 @@ fn store(blocks: u64) -> Store {
     let layout = rig::layout();
     let pool = ExtentPool::new(&layout);
     let mut loader = chunkserver::chunk::Loader::new(&layout, 0, pool, chunkserver::chunk::StoreConfig::default());
-    while let Some((_, len)) = loader.next_read() {
-        loader.feed(Ok(&vec![0; len]));
+    while let Some(read) = loader.next_read() {
+        loader.feed(read, Ok(&vec![0; read.1]));
     }
     let (mut store, _) = loader.finish(&|_| None).unwrap();
     store.add_copyset(CopysetId(1), 1);

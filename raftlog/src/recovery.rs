@@ -142,19 +142,42 @@ impl Recovery {
         this.finish().map(|(log, _)| log)
     }
 
-    /// The next read: offset in the zone and length, whole blocks and at most 1 MiB. One at a time.
-    pub fn next_read(&mut self) -> Option<(u64, usize)> {
-        let (slot, at, max) = match &self.pass {
-            Pass::First { slot, at } => (*slot, *at, if *at == 0 { BLOCK as u64 } else { READ_MAX }),
-            Pass::Read { nth, at, .. } => (self.known.get(*nth)?.slot, *at, READ_MAX),
-            Pass::Done => return None,
-        };
-        let offset = u64::from(slot) * self.geometry.segment_size + at;
-        let max = if offset < self.single_until { BLOCK as u64 } else { max };
-        Some((offset, max.min(self.geometry.segment_size - at) as usize))
+    /// The next read to feed: offset in the zone and length, whole blocks and at most 1 MiB.
+    #[must_use]
+    pub fn next_read(&self) -> Option<(u64, usize)> {
+        self.reads_ahead().next()
     }
 
-    /// The answer to the last [`Self::next_read`]. A failed read is asked for again block by block.
+    /// The next read and, as far as can be known now, those after it, for a caller that keeps several under way. What is
+    /// fed may change all but the first: a segment can turn out to need no more, or a failed read to be split.
+    pub fn reads_ahead(&self) -> impl Iterator<Item = (u64, usize)> + '_ {
+        let (mut nth, mut at) = match &self.pass {
+            Pass::First { slot, at } => (*slot as usize, *at),
+            Pass::Read { nth, at, .. } => (*nth, *at),
+            Pass::Done => (usize::MAX, 0),
+        };
+        std::iter::from_fn(move || {
+            let (slot, max) = match &self.pass {
+                Pass::First { .. } if nth < self.geometry.segment_count as usize => {
+                    (nth as u32, if at == 0 { BLOCK as u64 } else { READ_MAX })
+                }
+                Pass::Read { .. } => (self.known.get(nth)?.slot, READ_MAX),
+                Pass::First { .. } | Pass::Done => return None,
+            };
+            let offset = u64::from(slot) * self.geometry.segment_size + at;
+            let max = if offset < self.single_until { BLOCK as u64 } else { max };
+            let len = max.min(self.geometry.segment_size - at);
+            at += len;
+            // A probe that finds its header is over.
+            let probed = matches!(self.pass, Pass::First { .. }) && at == BLOCK as u64;
+            if probed || at == self.geometry.segment_size {
+                (nth, at) = (nth + 1, 0);
+            }
+            Some((offset, len as usize))
+        })
+    }
+
+    /// The answer to [`Self::next_read`]. A failed read is asked for again block by block.
     pub fn feed(&mut self, data: Result<&[u8], ReadFailed>) {
         let Some((offset, len)) = self.next_read() else { return };
         let data = data.ok().filter(|d| d.len() == len);

@@ -46,6 +46,13 @@ impl Store {
         Some(ChunkInfo { chunk, created, applied, sn: meta.sn, corrected_sn })
     }
 
+    /// Whether a chunk must be taken in to be what another replica says of its own: it differs, or nothing of it can be
+    /// trusted here.
+    #[must_use]
+    pub fn lacks(&self, copyset: CopysetId, info: &ChunkInfo) -> bool {
+        self.doubtful(copyset, info.chunk) || self.chunk_info(copyset, info.chunk) != Some(*info)
+    }
+
     /// Begin to take a chunk in: what is here of another life of it goes, of the same life it is overwritten. False: there
     /// is no slot.
     pub fn install_begin(&mut self, copyset: CopysetId, chunk: u64, created: u64) -> bool {

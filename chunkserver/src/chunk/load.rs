@@ -1,5 +1,5 @@
-//! Start-up: the metadata zone from front to end, then the CRC pages of the shard's own chunks, as one sequence of
-//! reads that the caller performs.
+//! Start-up: the metadata zone, which all shards of the disk read together (`scan.rs`), then the CRC pages of the shard's
+//! own chunks, as reads that the caller performs, any number of them at a time and in any order.
 //!
 //! Of two valid copies of a page the newer one counts; a torn one leaves the other. A page of a newer format refuses the
 //! disk.
@@ -11,17 +11,20 @@
 
 use super::apply::{Grave, GraveStage};
 use super::crcpage;
-use super::layout::{Layout, META_PAIR, shard_of};
+use super::layout::{Layout, META_PAIR};
 use super::meta::{self, ChunkMeta, Claim, Content, MetaError, Metapage, Tombstone};
 use super::page::{self, Page, u64_at};
-use super::pool::{ExtentConflict, ExtentPool, ScanView, SlotHistory, Slots};
+use super::pool::{ExtentConflict, ExtentPool, SlotHistory, Slots};
+use super::scan::{Batch, Copy, Found, Ghost};
 use super::store::{Chunk, CopysetState, Store, StoreConfig};
 use raftlog::{BLOCK, CopysetId};
-use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
 
 /// Largest read asked for, bytes.
 pub const READ_BYTES_MAX: usize = 1 << 20;
+/// Slots whose metapages one read takes.
+const SLOTS_PER_READ: u32 = (READ_BYTES_MAX as u64 / META_PAIR) as u32;
 
 /// The device could not deliver a read.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
@@ -83,13 +86,6 @@ pub struct LoadReport {
     pub crc_pages_lost: u64,
 }
 
-enum Copy {
-    Valid(Box<Metapage>),
-    Blank,
-    Bad(Claim),
-    Unreadable,
-}
-
 #[derive(PartialEq, Eq)]
 enum Stage {
     Meta,
@@ -103,13 +99,15 @@ pub struct Loader {
     pool: Arc<ExtentPool>,
     config: StoreConfig,
     stage: Stage,
-    /// Reads to do; the first one is the one outstanding.
+    /// Reads to ask for.
     reads: VecDeque<(u64, usize)>,
-    /// Copy 0 of the slot whose copy 1 comes next.
-    first: Option<Copy>,
-    view: ScanView,
+    /// Reads asked for and not fed.
+    outstanding: usize,
+    /// The copy that is known of slots whose other copy comes in a read of its own, with its number.
+    halves: BTreeMap<u32, (u64, Copy)>,
+    batch: Batch,
     chunks: BTreeMap<u32, Chunk>,
-    tombs: BTreeMap<u32, Tombstone>,
+    tombs: BTreeMap<u32, (Tombstone, SlotHistory)>,
     /// Slots of chunks whose other metapage is newer and damaged, and what it claims.
     torn: BTreeMap<u32, Claim>,
     /// Slots without a valid metapage of the chunk that a damaged one names, and whether nothing is lost if replay makes
@@ -124,18 +122,16 @@ impl Loader {
     #[must_use]
     pub fn new(layout: &Layout, shard: u16, pool: Arc<ExtentPool>, config: StoreConfig) -> Self {
         assert!(shard < layout.shards, "the disk has no such shard");
-        let slots = layout.slot_count as usize;
-        let mut reads = VecDeque::new();
-        push_reads(&mut reads, layout.meta_offset, slots as u64 * META_PAIR);
         Self {
             layout: layout.clone(),
             shard,
             pool,
             config,
             stage: Stage::Meta,
-            reads,
-            first: None,
-            view: ScanView { history: vec![SlotHistory::default(); slots], quarantined: BTreeSet::new() },
+            reads: VecDeque::new(),
+            outstanding: 0,
+            halves: BTreeMap::new(),
+            batch: Batch::default(),
             chunks: BTreeMap::new(),
             tombs: BTreeMap::new(),
             torn: BTreeMap::new(),
@@ -145,17 +141,35 @@ impl Loader {
         }
     }
 
-    /// The next read: absolute offset and length (whole blocks). One is outstanding at a time; `None` = go to
-    /// [`Loader::finish`].
+    /// A read to perform: absolute offset and length (whole blocks), to be answered with [`Loader::feed`]. `None` =
+    /// nothing to read now: either [`Loader::is_complete`], or what is outstanding, here or in another shard, must be
+    /// fed first.
     pub fn next_read(&mut self) -> Option<(u64, usize)> {
         if self.error.is_some() {
             return None;
         }
         if self.reads.is_empty() && self.stage == Stage::Meta {
-            self.stage = Stage::Crc;
-            self.plan_crc_reads();
+            if let Some(slots) = self.pool.claim(SLOTS_PER_READ) {
+                let offset = self.layout.metapage_offset(slots.start, 0);
+                self.reads.push_back((offset, slots.len() * META_PAIR as usize));
+            } else if let Some(found) = self.pool.found(self.shard) {
+                self.stage = Stage::Crc;
+                let (found, ghosts) = found;
+                found.into_iter().for_each(|found| self.own(found));
+                self.ghosts = ghosts.into_iter().map(|ghost| (ghost.slot, (ghost.claim, ghost.begun))).collect();
+                self.plan_crc_reads();
+            }
         }
-        self.reads.front().copied()
+        let read = self.reads.pop_front()?;
+        self.outstanding += 1;
+        Some(read)
+    }
+
+    /// Everything is read, or reading on is pointless: go to [`Loader::finish`].
+    #[must_use]
+    pub fn is_complete(&self) -> bool {
+        let read = self.stage == Stage::Crc && self.reads.is_empty() && self.outstanding == 0;
+        read || self.error.is_some()
     }
 
     fn plan_crc_reads(&mut self) {
@@ -178,9 +192,9 @@ impl Loader {
         }
     }
 
-    /// The result of the read that [`Loader::next_read`] gave. A failed read is split into single pages.
-    pub fn feed(&mut self, data: Result<&[u8], ReadFailed>) {
-        let Some((offset, len)) = self.reads.pop_front() else { return };
+    /// The result of a read that [`Loader::next_read`] gave. A failed read is split into single pages.
+    pub fn feed(&mut self, (offset, len): (u64, usize), data: Result<&[u8], ReadFailed>) {
+        self.outstanding = self.outstanding.saturating_sub(1);
         match data {
             Ok(data) if data.len() == len => {
                 for (at, bytes) in (offset..).step_by(BLOCK).zip(data.chunks_exact(BLOCK)) {
@@ -193,6 +207,9 @@ impl Loader {
                 }
             }
             _ => self.page(offset, None),
+        }
+        if self.batch.slots > 0 {
+            self.pool.report(&mut self.batch);
         }
     }
 
@@ -217,16 +234,19 @@ impl Loader {
             Some((Err(MetaError::Blank), _)) => Copy::Blank,
             Some((_, page)) => Copy::Bad(meta::claim(&self.layout, slot, page)),
         };
-        if copy_number == 0 {
-            self.first = Some(copy);
-        } else if let Some(first) = self.first.take() {
-            self.slot(slot, first, copy);
+        match self.halves.remove(&slot) {
+            None => {
+                self.halves.insert(slot, (copy_number, copy));
+            }
+            Some((0, first)) => self.slot(slot, first, copy),
+            Some((_, second)) => self.slot(slot, copy, second),
         }
     }
 
     /// Both copies of a slot are known.
     fn slot(&mut self, slot: u32, first: Copy, second: Copy) {
-        let (found, other) = match (first, second) {
+        self.batch.slots += 1;
+        let (page, other) = match (first, second) {
             (Copy::Valid(a), Copy::Valid(b)) => {
                 let (newer, older) = if a.page > b.page { (a, b) } else { (b, a) };
                 (newer, Copy::Valid(older))
@@ -235,28 +255,14 @@ impl Loader {
             (Copy::Blank, Copy::Blank) => return,
             (first, second) => return self.unreadable(slot, first, second),
         };
-        let Metapage { generation, page, content, .. } = *found;
-        self.view.history[slot as usize] = SlotHistory { generation, page };
-        match content {
-            Content::Chunk(meta) if self.ours(meta.copyset) => self.chunk(slot, meta, generation, page, other),
-            Content::Chunk(_) => {}
-            Content::Tombstone(tomb) => {
-                if self.ours(tomb.copyset) {
-                    self.tombs.insert(slot, tomb);
-                }
-                // The next life of the slot may have begun.
-                match other {
-                    Copy::Bad(claim) if claim.page == page + 1 && claim.generation == generation + 1 => {
-                        self.ghost(slot, claim, true);
-                    }
-                    _ => {}
-                }
-            }
+        // The next life of the slot may have begun.
+        if let (Content::Tombstone(_), Copy::Bad(claim)) = (&page.content, &other)
+            && claim.page == page.page + 1
+            && claim.generation == page.generation + 1
+        {
+            self.ghost(slot, claim.clone(), true);
         }
-    }
-
-    fn ours(&self, copyset: CopysetId) -> bool {
-        shard_of(copyset, self.layout.shards) == self.shard
+        self.batch.found.push(Found { page: *page, other });
     }
 
     /// Neither copy is valid.
@@ -264,7 +270,7 @@ impl Loader {
         // The very first write of a metapage goes to copy 1; torn, it leaves this.
         let begun = matches!((&first, &second), (Copy::Blank, Copy::Bad(_)));
         if !begun {
-            self.view.quarantined.insert(slot);
+            self.batch.quarantined.push(slot);
         }
         let claims = [first, second].into_iter().filter_map(|copy| match copy {
             Copy::Bad(claim) if claim.chunk.is_some() => Some(claim),
@@ -276,8 +282,19 @@ impl Loader {
     }
 
     fn ghost(&mut self, slot: u32, claim: Claim, begun: bool) {
-        if claim.chunk.as_ref().is_some_and(|chunk| self.ours(chunk.copyset)) {
-            self.ghosts.insert(slot, (claim, begun));
+        if let Some(copyset) = claim.chunk.as_ref().map(|chunk| chunk.copyset) {
+            self.batch.ghosts.push(Ghost { slot, copyset, claim, begun });
+        }
+    }
+
+    /// Take over what was found for this shard.
+    fn own(&mut self, Found { page, other }: Found) {
+        let Metapage { slot, generation, page, content } = page;
+        match content {
+            Content::Chunk(meta) => self.chunk(slot, meta, generation, page, other),
+            Content::Tombstone(tomb) => {
+                self.tombs.insert(slot, (tomb, SlotHistory { generation, page }));
+            }
         }
     }
 
@@ -307,7 +324,7 @@ impl Loader {
             let Claim { generation, page, last_index, chunk: Some(meta) } = claim else { continue };
             let log = known(meta.copyset).filter(|k| k.incarnation == meta.incarnation);
             if log.is_some_and(|k| last_index <= k.last && !(begun && k.replays(last_index))) {
-                self.view.quarantined.remove(&slot);
+                self.pool.rescue(slot);
                 self.tombs.remove(&slot);
                 let mut chunk = Chunk::new(&self.layout, *meta, generation, page);
                 chunk.suspect = true;
@@ -341,25 +358,24 @@ impl Loader {
         if let Some(error) = self.error {
             return Err(error);
         }
-        if self.stage == Stage::Meta || !self.reads.is_empty() {
+        if !self.is_complete() {
             return Err(LoadError::Unfinished);
         }
         self.judge(known);
         // A tombstone keeps its slot only while replay may need it.
-        self.tombs.retain(|_, tomb| {
+        self.tombs.retain(|_, (tomb, _)| {
             known(tomb.copyset).is_some_and(|k| k.incarnation == tomb.incarnation && k.checkpoint < tomb.deleted_index)
         });
         let used = |slot| self.chunks.contains_key(&slot) || self.tombs.contains_key(&slot);
-        let own = self.pool.publish(self.shard, &self.view, &used)?;
-        self.report.quarantined = self.view.quarantined.len() as u64;
+        let own = self.pool.publish(self.shard, &used)?;
+        self.report.quarantined = self.pool.quarantined();
         self.report.crc_pages_lost = self.chunks.values().map(pages_lost).sum();
         let mut slots = Slots::new(Arc::clone(&self.pool), self.shard);
         for extent in &own {
             slots.adopt(extent, used);
         }
         let mut store = Store::empty(self.layout, self.config, slots);
-        for (slot, tomb) in self.tombs {
-            let history = self.view.history.get(slot as usize).copied().unwrap_or_default();
+        for (slot, (tomb, history)) in self.tombs {
             let gone = store.gone.entry((tomb.copyset, tomb.chunk)).or_default();
             *gone = tomb.deleted_index.max(*gone);
             store.graves.push(Grave { slot, history, tomb, waits: true, stage: GraveStage::Closed });

@@ -3,7 +3,7 @@
 //!
 //! Reading order: `layout` (the map of a disk), `meta` and `crcpage` (what is written about a slot), `admit`, `follow`,
 //! `store`, `apply` and `read` (what a chunk is asked), `overlay` (blocks in memory), `writeback` (the round that empties
-//! it), `load` (start-up), `pool` (who gets which slots). Byte formats: docs/formats.md.
+//! it), `load` and `scan` (start-up), `pool` (who gets which slots). Byte formats: docs/formats.md.
 
 mod admit;
 mod apply;
@@ -18,6 +18,7 @@ mod overlay;
 mod page;
 mod pool;
 mod read;
+mod scan;
 mod store;
 mod writeback;
 

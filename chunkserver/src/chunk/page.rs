@@ -19,7 +19,8 @@ pub(super) fn page(data: &[u8]) -> Option<&Page> {
 
 /// True when nothing was ever written here.
 pub(super) fn is_blank(page: &Page) -> bool {
-    page.iter().all(|&b| b == 0)
+    // By 64 bytes, so that the compiler makes vector instructions of it: start-up asks this of whole zones.
+    page.as_chunks::<64>().0.iter().all(|bytes| bytes.iter().fold(0, |all, byte| all | byte) == 0)
 }
 
 pub(super) fn u16_at(page: &Page, at: usize) -> u16 {

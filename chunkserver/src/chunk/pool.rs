@@ -5,7 +5,9 @@
 //! before every shard has replayed its log, because replay may need as many slots as the crashed run had taken.
 
 use super::layout::Layout;
+use super::scan::{Batch, Found, Ghost, Scan};
 use std::collections::{BTreeMap, BTreeSet};
+use std::ops::Range;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 /// Generations a slot has reached; what follows must be higher.
@@ -15,13 +17,6 @@ pub(super) struct SlotHistory {
     pub(super) generation: u64,
     /// Of its metapage (one per write).
     pub(super) page: u64,
-}
-
-/// What a scan of the metadata zone found, of all shards' slots.
-#[derive(Debug)]
-pub(super) struct ScanView {
-    pub(super) history: Vec<SlotHistory>,
-    pub(super) quarantined: BTreeSet<u32>,
 }
 
 /// Slots of one extent on their way between pool and shard.
@@ -56,8 +51,7 @@ pub(super) enum NoSlot {
 struct Inner {
     loaded: Vec<bool>,
     owner: Vec<Option<u16>>,
-    history: Vec<SlotHistory>,
-    quarantined: BTreeSet<u32>,
+    scan: Scan,
     replayed: Vec<bool>,
 }
 
@@ -80,8 +74,7 @@ impl ExtentPool {
         let inner = Inner {
             loaded: vec![false; usize::from(layout.shards)],
             owner: vec![None; layout.extents() as usize],
-            history: vec![SlotHistory::default(); layout.slot_count as usize],
-            quarantined: BTreeSet::new(),
+            scan: Scan::new(layout),
             replayed: vec![false; usize::from(layout.shards)],
         };
         Arc::new(Self { layout: layout.clone(), inner: Mutex::new(inner) })
@@ -92,18 +85,36 @@ impl ExtentPool {
         self.inner.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// A shard has read the metadata zone: it takes the extents it has `used` slots in. No shard writes there before all
-    /// have loaded, so all have seen the same.
-    pub(super) fn publish(
-        &self,
-        shard: u16,
-        view: &ScanView,
-        used: &dyn Fn(u32) -> bool,
-    ) -> Result<Vec<Extent>, ExtentConflict> {
+    /// A piece of the metadata zone that nobody else reads, at most `slots` slots; `None` when all are being read.
+    pub(super) fn claim(&self, slots: u32) -> Option<Range<u32>> {
+        self.lock().scan.claim(slots)
+    }
+
+    /// What was in claimed pieces; empties `batch`.
+    pub(super) fn report(&self, batch: &mut Batch) {
+        self.lock().scan.report(batch);
+    }
+
+    /// What the metadata zone holds for `shard`; `None` until the shards have read all of it. Given once.
+    pub(super) fn found(&self, shard: u16) -> Option<(Vec<Found>, Vec<Ghost>)> {
+        self.lock().scan.take(shard)
+    }
+
+    /// A slot is known to hold a chunk of the calling shard after all.
+    pub(super) fn rescue(&self, slot: u32) {
+        self.lock().scan.quarantined.remove(&slot);
+    }
+
+    /// Slots out of use because both copies of their metapage are unreadable.
+    pub(super) fn quarantined(&self) -> u64 {
+        self.lock().scan.quarantined.len() as u64
+    }
+
+    /// A shard knows its chunks: it takes the extents it has `used` slots in. No shard writes metapages before all have
+    /// loaded.
+    pub(super) fn publish(&self, shard: u16, used: &dyn Fn(u32) -> bool) -> Result<Vec<Extent>, ExtentConflict> {
         let mut inner = self.lock();
         assert!(!inner.loaded[usize::from(shard)], "a shard loads once");
-        inner.history.clone_from(&view.history);
-        inner.quarantined.clone_from(&view.quarantined);
         let mut own = Vec::new();
         for extent in (0..self.layout.extents()).filter(|&e| self.layout.extent_range(e).any(used)) {
             match inner.owner[extent as usize].replace(shard) {
@@ -124,8 +135,8 @@ impl ExtentPool {
 
     fn contents(&self, inner: &Inner, number: u32) -> Extent {
         let range = self.layout.extent_range(number);
-        let usable = range.filter(|slot| !inner.quarantined.contains(slot));
-        Extent { number, slots: usable.map(|slot| (slot, inner.history[slot as usize])).collect() }
+        let usable = range.filter(|slot| !inner.scan.quarantined.contains(slot));
+        Extent { number, slots: usable.map(|slot| (slot, inner.scan.history[slot as usize])).collect() }
     }
 
     fn take(&self, shard: u16, replaying: bool) -> Result<Extent, NoSlot> {
@@ -151,7 +162,7 @@ impl ExtentPool {
         assert!(inner.owner[extent.number as usize] == Some(shard), "only its owner returns an extent");
         inner.owner[extent.number as usize] = None;
         for &(slot, history) in &extent.slots {
-            inner.history[slot as usize] = history;
+            inner.scan.history[slot as usize] = history;
         }
     }
 

@@ -70,7 +70,7 @@ pub fn inspect(path: &Path) -> Result<Value, InspectError> {
         let (log, report) = recovery.finish().map_err(|e| InspectError::Log(shard, e))?;
         let mut loader = Loader::new(layout, shard, pool.clone(), StoreConfig::default());
         while let Some((offset, len)) = loader.next_read() {
-            loader.feed(read(offset, len).as_deref().map_err(|_| ReadFailed));
+            loader.feed((offset, len), read(offset, len).as_deref().map_err(|_| ReadFailed));
         }
         let known = |id: CopysetId| {
             let index = log.index(id)?;

@@ -67,9 +67,11 @@ impl Shard {
         let head = group.queue.front()?;
         if head.is_absent() {
             let (index, len) = (head.index, head.payload_len);
-            self.fetch(id, index, len, out);
-            return Some(Step::Wait);
+            if !self.fetch(id, index, len, out) {
+                return Some(Step::Wait);
+            }
         }
+        let group = self.groups.get_mut(&id)?;
         let committed = group.queue.pop_front()?;
         self.stop_install(id); // the log goes on after all
         let (index, cookie) = (committed.index, committed.cookie);
@@ -100,40 +102,49 @@ impl Shard {
         Ok(self.store.apply(id, index, header.chunk, op, self.now.0)?)
     }
 
-    /// Read an entry's payload back from the log, when there is room for it.
-    fn fetch(&mut self, id: CopysetId, index: u64, len: usize, out: &mut Effects) {
+    /// Get an entry's payload back from the log, when there is room for it; true if it is there now.
+    fn fetch(&mut self, id: CopysetId, index: u64, len: usize, out: &mut Effects) -> bool {
         let dirty = self.store.pinned_bytes() as usize;
-        let room = dirty == 0 || dirty + len <= self.config.dirty_limit;
-        let busy = self.groups.values().filter(|g| g.fetching).count();
-        if !room {
-            return self.want_memory(); // not before old age makes the round due
-        }
-        if busy >= FETCHES_MAX {
-            return;
+        if dirty > 0 && dirty + len > self.config.dirty_limit {
+            self.want_memory(); // not before old age makes the round due
+            return false;
         }
         let location = self.log.borrow().index(id).and_then(|i| i.location(index));
         let Some(location) = location else {
-            return self.fail(Failure::Recovery(format!("entry {index} of {id:?} is not in the log")));
+            self.fail(Failure::Recovery(format!("entry {index} of {id:?} is not in the log")));
+            return false;
         };
+        if self.replay_read_ahead(location, out) {
+            return false;
+        }
         let Some(mut buf) = self.arenas.payload.alloc(len) else {
             self.starved = true;
-            return self.want_memory();
+            self.want_memory();
+            return false;
         };
         buf.truncate(len);
-        if let Some(group) = self.groups.get_mut(&id) {
-            group.fetching = true;
+        let Some(group) = self.groups.get_mut(&id) else { return false };
+        if let Some(data) = self.replay.find(location)
+            && let Some(head) = group.queue.front_mut()
+            && fits(head, data)
+        {
+            buf.copy_from_slice(data);
+            head.payload = buf.freeze();
+            return true;
         }
-        let offset = self.layout.log_offset_of(self.config.shard) + location.offset;
-        self.submit(out, Task::Fetch { copyset: id, index }, Op::Read { file: DISK, offset, buf });
+        if self.tasks.iter().filter(|(_, task)| matches!(task, Task::Fetch { .. })).count() < FETCHES_MAX {
+            group.fetching = true;
+            let offset = self.layout.log_offset_of(self.config.shard) + location.offset;
+            self.submit(out, Task::Fetch { copyset: id, index }, Op::Read { file: DISK, offset, buf });
+        }
+        false
     }
 
     pub(super) fn fetched(&mut self, id: CopysetId, index: u64, buf: PoolBuf, result: Result<(), Errno>) {
         let Some(group) = self.groups.get_mut(&id) else { return };
         group.fetching = false;
         let Some(head) = group.queue.front_mut().filter(|head| head.index == index) else { return };
-        let crcs = head.crcs();
-        let whole = crcs.len() * BLOCK == buf.len();
-        if result.is_ok() && whole && buf.chunks(BLOCK).zip(crcs).all(|(block, crc)| crc32c(block) == crc) {
+        if result.is_ok() && fits(head, &buf) {
             head.payload = buf.freeze();
             group.fetch_failures = 0;
         } else if group.fetch_failures < FETCH_RETRIES {
@@ -146,4 +157,10 @@ impl Shard {
             group.damaged = true;
         }
     }
+}
+
+/// Whether this is the payload that the entry's checksums tell of.
+fn fits(entry: &Committed, data: &[u8]) -> bool {
+    let crcs = entry.crcs();
+    crcs.len() * BLOCK == data.len() && data.chunks(BLOCK).zip(crcs).all(|(block, crc)| crc32c(block) == crc)
 }

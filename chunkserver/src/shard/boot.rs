@@ -1,6 +1,7 @@
 //! Start-up: recover the log, load the chunk metadata, start the copysets. The same code runs after a clean stop, a
 //! kill and a power cut.
 
+use super::replay::Replay;
 use super::{Arenas, Config, DISK, Effects, Failure, Group, Shard, State, Task, flush};
 use crate::chunk::{self, ExtentPool, Layout, Loader, Store, StoreConfig};
 use crate::io::buffer::PoolBuf;
@@ -10,19 +11,59 @@ use copyset::Copyset;
 use raftlog::{CopysetId, Geometry, Index, Limits, ReadFailed, Recovery};
 use slab::Slab;
 use std::cell::RefCell;
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::rc::Rc;
 use std::sync::Arc;
 
+/// Start-up reads under way at once, of at most 1 MiB each: enough to keep a fast disk busy.
+const READS_MAX: usize = 8;
 /// Start-up reads that fail are tried again this often in all, this far apart: two seconds.
 const RETRIES: u32 = 100;
 const RETRY_MS: u64 = 20;
 
-/// A start-up read, kept in case it must be tried again.
+/// A read: offset on the disk and length.
+type Read = (u64, usize);
+
+/// Start-up reads to be performed later.
 pub(super) struct Retry {
-    read: Option<(u64, usize)>,
+    reads: VecDeque<Read>,
     due: Instant,
     left: u32,
+}
+
+/// The log being read: recovery takes its pieces in order, the disk delivers several at a time.
+pub(super) struct LogReader {
+    recovery: Recovery,
+    /// Where the log zone is on the disk.
+    base: u64,
+    under_way: BTreeSet<Read>,
+    /// Ahead of their turn.
+    arrived: BTreeMap<Read, Result<PoolBuf, Errno>>,
+}
+
+impl LogReader {
+    fn next_read(&mut self) -> Option<Read> {
+        let base = self.base;
+        let mut ahead = self.recovery.reads_ahead().take(READS_MAX).map(|(offset, len)| (base + offset, len));
+        let read = ahead.find(|read| !self.under_way.contains(read) && !self.arrived.contains_key(read))?;
+        self.under_way.insert(read);
+        Some(read)
+    }
+
+    fn feed(&mut self, read: Read, result: Result<PoolBuf, Errno>) {
+        self.under_way.remove(&read);
+        self.arrived.insert(read, result);
+        while let Some((offset, len)) = self.recovery.next_read()
+            && let Some(result) = self.arrived.remove(&(self.base + offset, len))
+        {
+            self.recovery.feed(result.as_deref().map_err(|_| ReadFailed));
+        }
+        // What turned out not to be needed holds no memory.
+        let base = self.base;
+        let ahead: BTreeSet<Read> =
+            self.recovery.reads_ahead().take(READS_MAX).map(|(offset, len)| (base + offset, len)).collect();
+        self.arrived.retain(|read, _| ahead.contains(read));
+    }
 }
 
 /// How far start-up is.
@@ -30,7 +71,7 @@ pub(super) enum Boot {
     /// Before anything is believed, it must be durable: a killed process's last writes may sit in the drive's cache.
     Sync,
     Log {
-        recovery: Option<Box<Recovery>>,
+        reader: Option<Box<LogReader>>,
         started: Instant,
     },
     Metadata {
@@ -92,7 +133,8 @@ impl Shard {
             lost: Vec::new(),
             broken: Vec::new(),
             fetch_at: Instant::FAR,
-            boot_retry: Retry { read: None, due: Instant::FAR, left: RETRIES },
+            replay: Replay::default(),
+            boot_retry: Retry { reads: VecDeque::new(), due: Instant::FAR, left: RETRIES },
             wedged: false,
             now,
             next_tick: now,
@@ -108,88 +150,106 @@ impl Shard {
 
     pub(super) fn boot_deadline(&self) -> Instant {
         match &self.state {
-            State::Boot(Boot::Others) => self.now.after_ms(1),
+            // What they wait for happens in other shards, which ring no bell for it.
+            State::Boot(Boot::Others | Boot::Metadata { .. }) if self.tasks.is_empty() => self.now.after_ms(1),
             _ => self.boot_retry.due,
         }
     }
 
-    /// Ask for the next piece, or go to the next stage.
+    /// Ask for the next pieces, or go to the next stage.
     pub(super) fn boot_step(&mut self, out: &mut Effects) {
-        if !self.tasks.is_empty() {
-            return; // one read at a time
-        }
-        loop {
-            if let Some((offset, len)) = self.boot_retry.read {
-                if self.now >= self.boot_retry.due {
-                    self.boot_retry.due = Instant::FAR;
-                    self.boot_submit(offset, len, out);
+        while self.tasks.len() < READS_MAX {
+            if matches!(self.state, State::Boot(Boot::Sync)) {
+                if self.tasks.is_empty() {
+                    self.submit(out, Task::BootSync, Op::Sync { file: DISK });
                 }
                 return;
             }
-            let State::Boot(boot) = &mut self.state else { return };
-            if matches!(boot, Boot::Sync) {
-                return self.submit(out, Task::Boot, Op::Sync { file: DISK });
-            }
-            let (base, next) = match boot {
-                Boot::Log { recovery: Some(recovery), .. } => {
-                    (self.layout.log_offset_of(self.config.shard), recovery.next_read())
-                }
-                Boot::Metadata { loader: Some(loader), .. } => (0, loader.next_read()),
-                _ => (0, None),
+            let went_on = match self.boot_next_read() {
+                Some(read) => self.boot_submit(read, out),
+                None => self.tasks.is_empty() && self.boot_retry.reads.is_empty() && self.boot_advance(),
             };
-            if let Some((offset, len)) = next {
-                return self.boot_submit(base + offset, len, out);
-            }
-            if !self.boot_advance() {
+            if !went_on {
                 return;
             }
         }
     }
 
-    fn boot_submit(&mut self, offset: u64, len: usize, out: &mut Effects) {
+    fn boot_next_read(&mut self) -> Option<Read> {
+        if !self.boot_retry.reads.is_empty() {
+            return if self.now >= self.boot_retry.due { self.boot_retry.reads.pop_front() } else { None };
+        }
+        self.boot_retry.due = Instant::FAR;
+        let State::Boot(boot) = &mut self.state else { return None };
+        match boot {
+            Boot::Log { reader: Some(reader), .. } => reader.next_read(),
+            Boot::Metadata { loader: Some(loader), .. } => loader.next_read(),
+            _ => None,
+        }
+    }
+
+    /// False when there is no buffer: the read waits for one of those under way.
+    fn boot_submit(&mut self, read: Read, out: &mut Effects) -> bool {
+        let (offset, len) = read;
         let Some(mut buf) = self.arenas.work.alloc(len) else {
-            return self.fail(Failure::Load("no buffer for start-up reads: the work arena is too small".into()));
+            self.boot_retry.reads.push_front(read);
+            self.boot_retry.due = self.now;
+            if self.tasks.is_empty() {
+                self.fail(Failure::Load("no buffer for start-up reads: the work arena is too small".into()));
+            }
+            return false;
         };
         buf.truncate(len);
-        self.boot_retry.read = Some((offset, len));
-        self.submit(out, Task::Boot, Op::Read { file: DISK, offset, buf });
+        self.submit(out, Task::BootRead(read), Op::Read { file: DISK, offset, buf });
+        true
     }
 
     pub(super) fn boot_synced(&mut self) {
         let geometry = log_geometry(&self.layout, self.config.shard);
-        let recovery = Some(Box::new(Recovery::new(geometry, Limits::default())));
-        self.state = State::Boot(Boot::Log { recovery, started: self.now });
+        let reader = LogReader {
+            recovery: Recovery::new(geometry, Limits::default()),
+            base: self.layout.log_offset_of(self.config.shard),
+            under_way: BTreeSet::new(),
+            arrived: BTreeMap::new(),
+        };
+        self.state = State::Boot(Boot::Log { reader: Some(Box::new(reader)), started: self.now });
     }
 
-    pub(super) fn boot_read(&mut self, buf: &PoolBuf, result: Result<(), Errno>) {
+    pub(super) fn boot_read(&mut self, read: Read, buf: PoolBuf, result: Result<(), Errno>) {
         // An unreadable piece of the log may have held acknowledged writes: before it counts as lost, a passing error
-        // gets time to pass.
+        // gets time to pass. Reads that fail together are tried again together.
         if result.is_err() && self.boot_retry.left > 0 {
-            self.boot_retry.left -= 1;
-            self.boot_retry.due = self.now.after_ms(RETRY_MS);
+            if self.boot_retry.reads.is_empty() {
+                self.boot_retry.left -= 1;
+                self.boot_retry.due = self.now.after_ms(RETRY_MS);
+            }
+            self.boot_retry.reads.push_back(read);
             return;
         }
-        self.boot_retry.read = None;
         let State::Boot(boot) = &mut self.state else { return };
-        let data = result.map(|()| &**buf);
         match boot {
-            Boot::Log { recovery: Some(recovery), .. } => recovery.feed(data.map_err(|_| ReadFailed)),
-            Boot::Metadata { loader: Some(loader), .. } => loader.feed(data.map_err(|_| chunk::ReadFailed)),
+            Boot::Log { reader: Some(reader), .. } => reader.feed(read, result.map(|()| buf)),
+            Boot::Metadata { loader: Some(loader), .. } => {
+                loader.feed(read, result.as_ref().map(|()| &*buf).map_err(|_| chunk::ReadFailed));
+            }
             _ => {}
         }
     }
 
-    /// A stage has read all it wants; false when start-up is over or has failed.
+    /// A stage has read all it wants; false when it must wait, and when start-up is over or has failed.
     fn boot_advance(&mut self) -> bool {
         let State::Boot(boot) = &mut self.state else { return false };
         let result = match boot {
-            Boot::Log { recovery, started } => {
-                let (recovery, started) = (recovery.take(), *started);
-                recovery.map_or(Ok(()), |recovery| self.log_recovered(*recovery, started))
+            Boot::Log { reader, started } => {
+                let (reader, started) = (reader.take(), *started);
+                reader.map_or(Ok(()), |reader| self.log_recovered(reader.recovery, started))
             }
             Boot::Metadata { loader, started } => {
-                let (loader, started) = (loader.take(), *started);
-                loader.map_or(Ok(()), |loader| self.metadata_loaded(*loader, started))
+                let (complete, started) = (loader.take_if(|loader| loader.is_complete()), *started);
+                match complete {
+                    Some(loader) => self.metadata_loaded(*loader, started),
+                    None => return false, // other shards still read pieces of the zone
+                }
             }
             Boot::Others if self.extents.is_loaded() => self.start_copysets(),
             Boot::Others | Boot::Sync => return false,
@@ -268,6 +328,7 @@ impl Shard {
             for id in ids {
                 self.follow_log(id); // before others may take the slots that the log's tail had
             }
+            self.replay = Replay::default();
             self.store.replay_done();
             tracing::info!(shard = self.config.shard, copysets = self.groups.len(), "replay is over");
         }

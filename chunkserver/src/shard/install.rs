@@ -158,7 +158,7 @@ impl Shard {
         let last = chunks.last().map(|info| info.chunk);
         for info in chunks {
             install.seen.insert(info.chunk);
-            if self.store.chunk_info(id, info.chunk) != Some(info) {
+            if self.store.lacks(id, &info) {
                 install.todo.push_back(info);
             }
         }

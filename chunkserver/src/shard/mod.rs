@@ -21,6 +21,7 @@ mod pace;
 mod peers;
 mod propose;
 mod read;
+mod replay;
 pub mod request;
 mod supply;
 #[cfg(test)]
@@ -136,7 +137,10 @@ struct Group {
 
 /// Who waits for a disk operation.
 enum Task {
-    Boot,
+    BootSync,
+    BootRead((u64, usize)),
+    /// A piece of the log, by its offset in the zone.
+    Window(u64),
     LogWrite(WriteId),
     Round(chunk::IoId),
     Read { job: usize, piece: usize },
@@ -204,6 +208,7 @@ pub struct Shard {
     /// What the log held at start and is not applied yet: copyset and last index.
     replaying: Vec<(CopysetId, u64)>,
     replay_over: bool,
+    replay: replay::Replay,
     /// Copysets of which durable log records are lost.
     lost: Vec<CopysetId>,
     /// Of these, the ones that cannot even start.
@@ -252,14 +257,15 @@ impl Shard {
     pub fn completed(&mut self, number: u64, completion: Completion, out: &mut Effects) {
         let Some(task) = self.tasks.try_remove(number as usize) else { return };
         match (task, completion.done) {
-            (Task::Boot, Done::Read { buf, result }) => self.boot_read(&buf, result),
-            (Task::Boot, Done::Sync(Ok(()))) => self.boot_synced(),
-            (Task::Boot, Done::Sync(Err(error))) => self.fail(Failure::LogWrite(error)),
+            (Task::BootRead(read), Done::Read { buf, result }) => self.boot_read(read, buf, result),
+            (Task::BootSync, Done::Sync(Ok(()))) => self.boot_synced(),
+            (Task::BootSync, Done::Sync(Err(error))) => self.fail(Failure::LogWrite(error)),
             (Task::LogWrite(id), Done::Write(Ok(()))) => self.log_written(id),
             (Task::LogWrite(_), Done::Write(Err(error))) => self.fail(Failure::LogWrite(error)),
             (Task::Round(id), Done::Write(Ok(())) | Done::Sync(Ok(()))) => self.store.io_done(id),
             (Task::Round(_), Done::Write(Err(error)) | Done::Sync(Err(error))) => self.fail(Failure::WriteBack(error)),
             (Task::Read { job, piece }, Done::Read { buf, result }) => self.read_done(job, piece, buf, result, out),
+            (Task::Window(at), Done::Read { buf, result }) => self.replay.arrived(at, result.is_ok().then_some(buf)),
             (Task::Fetch { copyset, index }, Done::Read { buf, result }) => self.fetched(copyset, index, buf, result),
             (Task::CatchUp { copyset, index, term }, Done::Read { buf, result }) => {
                 self.read_back_done(copyset, (index, term), buf, result);

@@ -70,10 +70,10 @@ fn load(
         while let Some((offset, len)) = loader.next_read() {
             let failed = bad.is_some_and(|at| (offset..offset + len as u64).contains(&at));
             match zones.at(layout, offset, len).filter(|_| !failed) {
-                Some(data) => loader.feed(Ok(data)),
+                Some(data) => loader.feed((offset, len), Ok(data)),
                 None => {
                     assert!(failed, "a read outside the zones: {offset}+{len}");
-                    loader.feed(Err(ReadFailed));
+                    loader.feed((offset, len), Err(ReadFailed));
                 }
             }
             reads += 1;

@@ -98,6 +98,11 @@ impl Disk {
         let mut reads = 0;
         while let Some((offset, len)) = r.next_read() {
             assert!(len > 0 && len <= 1 << 20 && len.is_multiple_of(BLOCK) && offset.is_multiple_of(BLOCK as u64));
+            // What a caller may read in advance begins with what is wanted, is in the zone, and no two are the same.
+            let ahead: Vec<_> = r.reads_ahead().take(4).collect();
+            assert_eq!(ahead.first(), Some(&(offset, len)));
+            assert!(ahead.iter().all(|(at, len)| at + *len as u64 <= self.image.len() as u64));
+            assert!(ahead.windows(2).all(|pair| pair[0].0 != pair[1].0));
             let range = offset..offset + len as u64;
             match self.bad.iter().any(|b| range.contains(b)) {
                 true => r.feed(Err(ReadFailed)),

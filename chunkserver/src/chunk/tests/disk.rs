@@ -112,7 +112,7 @@ pub(super) fn load(
     let mut loader = Loader::new(layout, shard, Arc::clone(pool), config);
     while let Some((offset, len)) = loader.next_read() {
         assert!(len <= READ_BYTES_MAX);
-        loader.feed(Ok(&disk.read(offset, len)));
+        loader.feed((offset, len), Ok(&disk.read(offset, len)));
     }
     let (mut store, report) = loader.finish(&|id| known.get(&id).copied())?;
     for (&copyset, &Known { incarnation, .. }) in known {

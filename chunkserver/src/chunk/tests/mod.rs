@@ -5,3 +5,4 @@ mod disk;
 mod metapages;
 mod model;
 mod scripted;
+mod together;

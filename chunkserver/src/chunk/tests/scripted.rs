@@ -349,9 +349,9 @@ fn failed_reads_at_start_are_narrowed_down() {
     let mut loader = Loader::new(&layout, 0, ExtentPool::new(&layout), StoreConfig::default());
     while let Some((offset, len)) = loader.next_read() {
         if (offset..offset + len as u64).contains(&broken) {
-            loader.feed(Err(ReadFailed));
+            loader.feed((offset, len), Err(ReadFailed));
         } else {
-            loader.feed(Ok(&disk.read(offset, len)));
+            loader.feed((offset, len), Ok(&disk.read(offset, len)));
         }
     }
     let (store, report) = loader.finish(&|_| Some(Known { incarnation: 7, checkpoint: 3, last: 1 << 40 })).unwrap();

@@ -3,8 +3,10 @@
 
 mod changes;
 mod cluster;
+mod crash;
 mod model;
 mod pressure;
 mod random;
+mod replay;
 mod replicas;
 mod world;

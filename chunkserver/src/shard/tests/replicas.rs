@@ -77,7 +77,7 @@ impl Nemesis {
                 self.alone = Some(node);
                 if c.rng.one_in(3) {
                     // One way only: it speaks and does not hear.
-                    (0..count).for_each(|other| drop(c.cut.insert((other, node))));
+                    c.cut.extend((0..count).map(|other| (other, node)));
                 } else {
                     c.isolate(node);
                 }

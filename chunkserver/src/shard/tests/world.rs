@@ -139,6 +139,8 @@ pub(super) struct World {
     pub(super) crashes: u64,
     /// Fail device reads of one in so many.
     pub(super) read_errors: Option<usize>,
+    /// Device reads asked for.
+    pub(super) reads: u64,
 }
 
 impl World {
@@ -176,6 +178,7 @@ impl World {
             turns: 0,
             crashes: 0,
             read_errors: None,
+            reads: 0,
         };
         world.start();
         world
@@ -361,6 +364,7 @@ impl World {
     fn collect(&mut self) {
         for (number, op) in self.effects.ops.drain(..) {
             let covers = self.disk.serial;
+            self.reads += u64::from(matches!(op, Op::Read { .. }));
             self.flights.push(Flight { number, op, covers });
         }
         for reply in self.effects.replies.drain(..) {
