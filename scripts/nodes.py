@@ -4,7 +4,7 @@ Nodes are numbered from 1. They listen on ports of 127.0.0.1; with `isolated` (r
 namespace of its own behind a bridge, so that it can be cut off from the others and from clients.
 Everything is in one folder: `cluster.json`, and per node a folder with disk, configuration, log and ctl socket.
 """
-import json, os, signal, socket, subprocess, sys, time
+import json, os, re, signal, socket, subprocess, time, urllib.request
 
 SUBNET = "198.18.77"  # of the range for benchmarks (RFC 2544): nothing else should use it
 BRIDGE = "cslab0"
@@ -167,6 +167,18 @@ class Cluster:
                 return s.recv(64).startswith(b"HTTP/1.1 200")
         except OSError:
             return False
+
+    def writes(self):
+        """Writes that the clients of all nodes have been answered since these started."""
+        total = 0
+        for number in self.numbers():
+            try:
+                with urllib.request.urlopen(f"http://{self.address(number)}/metrics", timeout=2) as reply:
+                    found = re.findall(r"^\S*_write_io_num (\S+)$", reply.read().decode(), re.M)
+            except OSError:
+                continue
+            total += sum(int(float(value)) for value in found)
+        return total
 
     def wait_healthy(self, number, seconds=60):
         deadline = time.monotonic() + seconds
