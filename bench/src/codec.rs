@@ -312,6 +312,16 @@ pub fn status(message: &[u8]) -> Result<Option<u64>, WireError> {
     Ok(None)
 }
 
+/// The peer (`ip:port:index`) that a redirect names, in field 2 of a response.
+pub fn redirect(message: &[u8]) -> Result<Option<String>, WireError> {
+    for field in Fields::new(message) {
+        if let (2, Value::Bytes(peer)) = field? {
+            return Ok(Some(String::from_utf8_lossy(peer).into_owned()));
+        }
+    }
+    Ok(None)
+}
+
 /// The leader's address in a GetLeader response.
 pub fn leader(message: &[u8]) -> Result<Option<String>, WireError> {
     for field in Fields::new(message) {

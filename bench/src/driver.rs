@@ -7,11 +7,14 @@ use crate::codec;
 use crate::engine::Engine;
 use rustix::time::{Itimerspec, TimerfdClockId, TimerfdFlags, TimerfdTimerFlags, Timespec};
 use std::cell::{Cell, RefCell};
+use std::future::poll_fn;
 use std::net::{Shutdown, SocketAddr};
 use std::os::fd::OwnedFd;
+use std::pin::pin;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::task::Poll;
 use std::time::{Duration, Instant};
 use tokio::sync::Notify;
 use tokio_uring::buf::BoundedBuf;
@@ -28,6 +31,8 @@ struct Shared {
     /// Open streams, to be shut down when the phase is over.
     streams: RefCell<Vec<Option<Rc<TcpStream>>>>,
     over: Notify,
+    /// Wakes whoever waits for a connection when the phase is over.
+    closing: Notify,
     stopped: Cell<bool>,
     progress: Arc<AtomicU64>,
     /// How much of this worker's answers `progress` holds already.
@@ -56,16 +61,18 @@ impl Shared {
     }
 }
 
-/// Runs `engine` against `addr` until it is over and returns it with the phase's length in nanoseconds. `epoch` is
-/// the moment its times count from; `progress` grows by every answer.
+/// Runs `engine` against the nodes at `addrs`, with `conns` connections to each, until it is over and returns it with
+/// the phase's length in nanoseconds. `epoch` is the moment its times count from; `progress` grows by every answer.
 pub fn run(
     engine: Engine,
-    addr: SocketAddr,
+    addrs: &[SocketAddr],
     conns: usize,
     epoch: Instant,
     progress: &Arc<AtomicU64>,
 ) -> std::io::Result<(Engine, u64)> {
     let progress = Arc::clone(progress);
+    let addrs: Vec<SocketAddr> = addrs.iter().flat_map(|addr| std::iter::repeat_n(*addr, conns.max(1))).collect();
+    let conns = addrs.len();
     tokio_uring::start(async move {
         let shared = Rc::new(Shared {
             engine: RefCell::new(engine),
@@ -73,16 +80,19 @@ pub fn run(
             output: (0..conns).map(|_| Notify::new()).collect(),
             streams: RefCell::new((0..conns).map(|_| None).collect()),
             over: Notify::new(),
+            closing: Notify::new(),
             stopped: Cell::new(false),
             progress,
             reported: Cell::new(0),
         });
         let timer = Timer::new()?;
         let mut tasks = vec![tokio_uring::spawn(tick(Rc::clone(&shared), timer))];
-        tasks.extend((0..conns).map(|conn| tokio_uring::spawn(connection(Rc::clone(&shared), addr, conn))));
+        let keep = |(conn, addr)| tokio_uring::spawn(connection(Rc::clone(&shared), addr, conn));
+        tasks.extend(addrs.into_iter().enumerate().map(keep));
         shared.over.notified().await;
         let end = shared.now();
         shared.stopped.set(true);
+        shared.closing.notify_waiters();
         for (stream, output) in shared.streams.borrow().iter().zip(&shared.output) {
             output.notify_one();
             if let Some(stream) = stream {
@@ -132,11 +142,21 @@ async fn tick(shared: Rc<Shared>, timer: Timer) {
     }
 }
 
+/// What `work` comes to, or `None` if `end` comes first: a host that is cut off answers to a connect after minutes.
+async fn until<T>(end: impl Future<Output = ()>, work: impl Future<Output = T>) -> Option<T> {
+    let (mut end, mut work) = (pin!(end), pin!(work));
+    poll_fn(|cx| match work.as_mut().poll(cx) {
+        Poll::Ready(value) => Poll::Ready(Some(value)),
+        Poll::Pending => end.as_mut().poll(cx).map(|()| None),
+    })
+    .await
+}
+
 /// Keeps connection `conn` open: connects, runs it, connects again.
 async fn connection(shared: Rc<Shared>, addr: SocketAddr, conn: usize) {
     let Ok(pause) = Timer::new() else { return };
     while !shared.stopped.get() {
-        if let Ok(stream) = TcpStream::connect(addr).await {
+        if let Some(Ok(stream)) = until(shared.closing.notified(), TcpStream::connect(addr)).await {
             let _ = stream.set_nodelay(true);
             let stream = Rc::new(stream);
             if let Some(slot) = shared.streams.borrow_mut().get_mut(conn) {

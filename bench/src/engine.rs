@@ -3,9 +3,14 @@
 //! It keeps the plan's pace, matches replies to requests by correlation id, retries as libcurve does (redirect 10 ms,
 //! overload 100 ms doubling to 8 s, else 100 ms; timeouts resend on the same connection at once and double), lets the
 //! model judge every answer, and times an operation from its *intended* start to its final answer, retries included.
-//! What is never answered stays open in the model.
+//! With several nodes each request goes to the one that leads its copyset, as far as is known.
+//!
+//! What is never answered stays open in the model. An attempt that may have been executed, and may still be, is never
+//! sent again as the same write: the retry is stamped as a new one. So an old attempt that turns up late (from the
+//! socket of a process that was paused, say) is told from the write that was acknowledged.
 
 use crate::codec::{self, ChunkRequest};
+use crate::leaders::Leaders;
 use crate::model::{ChunkAddr, Model, ReadToken, Survival};
 use crate::plan::{Access, Geometry, Pace, Source};
 use crate::stamp::BLOCK;
@@ -34,7 +39,7 @@ pub enum Check {
 pub struct Config {
     /// What to check.
     pub check: Check,
-    /// Number of connections.
+    /// Number of connections to each node.
     pub conns: usize,
     /// File version of writes.
     pub sn: u64,
@@ -66,7 +71,10 @@ struct Op {
     cid: u64,
     timeout: u64,
     overloads: u32,
+    redirects: u32,
     seq: u64,
+    /// An attempt left that may be executed, now or later.
+    tried: bool,
     token: Option<ReadToken>,
     state: State,
 }
@@ -81,6 +89,7 @@ struct Conn {
 pub struct Engine {
     config: Config,
     geometry: Geometry,
+    leaders: Leaders,
     source: Source,
     pace: Pace,
     model: Option<Model>,
@@ -99,12 +108,21 @@ pub struct Engine {
 }
 
 impl Engine {
-    /// A phase that has not begun.
-    pub fn new(config: Config, geometry: Geometry, source: Source, pace: Pace, model: Option<Model>) -> Self {
-        let conns = (0..config.conns.max(1)).map(|_| Conn::default()).collect();
+    /// A phase that has not begun. Connections are numbered node by node.
+    pub fn new(
+        config: Config,
+        geometry: Geometry,
+        leaders: Leaders,
+        source: Source,
+        pace: Pace,
+        model: Option<Model>,
+    ) -> Self {
+        let conns = config.conns.max(1) * leaders.nodes().len();
+        let conns = (0..conns).map(|_| Conn::default()).collect();
         let mut engine = Self {
             config,
             geometry,
+            leaders,
             source,
             pace,
             model,
@@ -143,6 +161,11 @@ impl Engine {
             }
         }
         (self.stats, self.model, self.survival)
+    }
+
+    /// Who leads what, as far as the phase has found out.
+    pub const fn leaders(&self) -> &Leaders {
+        &self.leaders
     }
 
     /// Operations answered so far.
@@ -250,12 +273,39 @@ impl Engine {
                 cid: 0,
                 timeout: self.config.timeout,
                 overloads: 0,
+                redirects: 0,
                 seq,
+                tried: false,
                 token,
                 state: State::Waiting { until: now },
             };
             let key = self.ops.insert(op);
             self.send(key, now);
+        }
+    }
+
+    /// The copyset of op `key`.
+    fn copyset(&self, key: usize) -> Option<(u32, u32)> {
+        let chunk = self.geometry.chunks.get(self.ops.get(key)?.access.chunk)?;
+        Some((chunk.pool, chunk.copyset))
+    }
+
+    /// An open connection to the node that leads `copyset`. A leader without one is doubted.
+    fn connection(&mut self, key: usize, copyset: (u32, u32)) -> Option<usize> {
+        let (node, each) = (self.leaders.of(copyset), self.config.conns.max(1));
+        let up = |at: &usize| self.conns.get(*at).is_some_and(|conn| conn.up);
+        let found = (key..key + each).map(|at| node * each + at % each).find(up);
+        if found.is_none() {
+            self.leaders.doubt(copyset, node);
+        }
+        found
+    }
+
+    /// A write that may have been executed already is sent as another one.
+    fn renew(&mut self, key: usize) {
+        let (Some(op), Some(model)) = (self.ops.get_mut(key), &mut self.model) else { return };
+        if op.access.write && op.tried {
+            op.seq = model.begin_write(op.access.chunk, first(&op.access), count(&op.access));
         }
     }
 
@@ -270,8 +320,11 @@ impl Engine {
 
     /// Puts op `key` on a connection, or lets it wait for one.
     fn send(&mut self, key: usize, now: u64) {
-        let conns = self.conns.len();
-        let on = (key..key + conns).map(|at| at % conns).find(|at| self.conns.get(*at).is_some_and(|conn| conn.up));
+        let Some(copyset) = self.copyset(key) else { return };
+        let on = self.connection(key, copyset);
+        if on.is_some() {
+            self.renew(key);
+        }
         let Some(op) = self.ops.get_mut(key) else { return };
         let Some(addr) = self.geometry.chunks.get(op.access.chunk).copied() else { return };
         let Some((on, conn)) = on.and_then(|on| Some((on, self.conns.get_mut(on)?))) else {
@@ -282,6 +335,7 @@ impl Engine {
         self.generation = self.generation.wrapping_add(1);
         op.cid = u64::from(self.generation) << 32 | key as u64;
         op.state = State::Sent { conn: on, deadline: now + op.timeout };
+        op.tried = true;
         let ChunkAddr { pool, copyset, chunk } = addr;
         let Access { write, offset, len: size, .. } = op.access;
         let sn = write.then_some(self.config.sn);

@@ -8,6 +8,7 @@
 pub mod codec;
 pub mod driver;
 pub mod engine;
+pub mod leaders;
 pub mod model;
 pub mod observe;
 pub mod plan;

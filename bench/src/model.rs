@@ -3,7 +3,7 @@
 //! Every block is a register; its history is the list of writes with the moment they were issued and answered. A read
 //! may return a write that was issued before the read ended and was not certainly overwritten before the read began:
 //! a write is *dead* once another one, issued after its answer, has been answered, or once a read that began after its
-//! answer saw something else. Writes never answered (timeout, lost connection, killed server) stay possible for ever,
+//! answer saw something else; being seen counts as an answer. Writes never answered (timeout, lost connection, killed server) stay possible for ever,
 //! until [`Model::settle`] decides them after a restart: from then on only what was seen is legal, so a write that
 //! vanished and comes back later is found too. Time is a counter of events, not a clock.
 
@@ -128,13 +128,17 @@ impl History {
         self.writes.iter().filter(|write| write.dead > began).map(|write| write.seq).collect()
     }
 
-    /// A read that began at `began` returned `seq`: what was answered before it began is overwritten by now.
+    /// A read that began at `began` returned `seq`: what was answered before it began is overwritten by now. The write
+    /// itself is done, answered or not: each number is sent once, so it cannot be done again.
     fn observe(&mut self, seq: u64, began: u64, now: u64, oldest_read: u64) {
         if self.writes.is_empty() {
             return;
         }
         for write in self.writes.iter_mut().filter(|write| write.seq != seq && write.acked < began) {
             write.dead = write.dead.min(now);
+        }
+        if let Some(seen) = self.writes.iter_mut().find(|write| write.seq == seq) {
+            seen.acked = seen.acked.min(now);
         }
         self.prune(oldest_read);
     }

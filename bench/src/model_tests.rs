@@ -129,6 +129,23 @@ fn unanswered_writes_stay_possible_and_a_restart_settles_them() {
 }
 
 #[test]
+fn a_write_that_was_seen_is_done_and_cannot_come_back() {
+    let mut m = model(Initial::Zero);
+    let open = m.begin_write(0, 4, 1);
+    let open_data = payload(&m, 0, 4, open);
+    assert_eq!(read(&mut m, 4, Some(&open_data)), None);
+    let acked = write(&mut m, 4);
+    let acked_data = payload(&m, 0, 4, acked);
+    assert_eq!(read(&mut m, 4, Some(&open_data)), Some(Wrong::Stale), "seen, then overwritten");
+    assert_eq!(read(&mut m, 4, Some(&acked_data)), None);
+    let unseen = m.begin_write(0, 4, 1);
+    let (unseen_data, last) = (payload(&m, 0, 4, unseen), write(&mut m, 4));
+    assert_eq!(read(&mut m, 4, Some(&unseen_data)), None, "one that was never seen may come late");
+    let last = payload(&m, 0, 4, last);
+    assert_eq!(read(&mut m, 4, Some(&last)), Some(Wrong::Stale), "and then it is the newest");
+}
+
+#[test]
 fn a_hot_block_with_reads_always_in_flight_does_not_grow_its_history() {
     let mut m = model(Initial::Zero);
     let mut token = m.begin_read();

@@ -14,7 +14,32 @@ use std::time::Duration;
 const SECTOR: u64 = 512;
 const METRICS_MAX: u64 = 16 << 20;
 
-/// What is observed.
+/// Servers that are observed together.
+#[derive(Debug, Clone)]
+pub struct Targets(Vec<Target>);
+
+impl Targets {
+    /// The servers at `addrs`; `pid` names the process of a single one, `disk` is a path on the disk of all.
+    pub fn find(addrs: &[SocketAddr], pid: Option<u32>, disk: Option<&Path>) -> Self {
+        Self(addrs.iter().map(|addr| Target::find(*addr, pid.filter(|_| addrs.len() == 1), disk)).collect())
+    }
+
+    /// Reads all sources once and adds up CPU and counters; the disk is counted once.
+    pub fn sample(&self) -> Sample {
+        let mut samples = self.0.iter().map(Target::sample);
+        let mut sum = samples.next().unwrap_or_default();
+        for sample in samples {
+            // A server that cannot be seen makes the sum unknown, not smaller.
+            sum.cpu_micros = sum.cpu_micros.zip(sample.cpu_micros).map(|(a, b)| a + b);
+            for (name, value) in sample.counters {
+                *sum.counters.entry(name).or_default() += value;
+            }
+        }
+        sum
+    }
+}
+
+/// One server.
 #[derive(Debug, Clone)]
 pub struct Target {
     /// The server's RPC and HTTP port.

@@ -5,8 +5,9 @@
 
 use crate::driver;
 use crate::engine::{Check, Config, Engine};
+use crate::leaders::Leaders;
 use crate::model::{ChunkAddr, Model, Survival};
-use crate::observe::{Delta, Target};
+use crate::observe::{Delta, Targets};
 use crate::plan::{Geometry, Pace, Pattern, Rng, Source, parse_copysets, parse_size};
 use crate::report::Report;
 use crate::stamp::{BLOCK, mix};
@@ -31,8 +32,12 @@ const SWEEP_DEPTH: usize = 64;
 #[derive(Debug, Clone, clap::Args)]
 pub struct Args {
     /// The chunkserver's RPC address.
-    #[arg(long, value_name = "HOST:PORT")]
-    pub addr: String,
+    #[arg(long, value_name = "HOST:PORT", required_unless_present = "peers", conflicts_with = "peers")]
+    pub addr: Option<String>,
+    /// RPC addresses of several chunkservers, separated by commas: each request goes to the one that leads its copyset,
+    /// as redirects and silence tell.
+    #[arg(long, value_name = "IP:PORT,...", value_delimiter = ',')]
+    pub peers: Vec<SocketAddr>,
     /// Copysets to use: POOL:FIRST-LAST, several separated by commas.
     #[arg(long, value_name = "LIST", default_value = "1:1-8")]
     pub copysets: String,
@@ -93,16 +98,13 @@ pub struct Args {
     /// Write the whole span once before.
     #[arg(long)]
     pub fill: bool,
-    /// Create the copysets, with the server as their only peer, and wait for their leaders.
+    /// Create the copysets, with the server or all `--peers` as their members, and wait for their leaders.
     #[arg(long)]
     pub create: bool,
-    /// Peer of created copysets (IP:PORT:0, repeatable) if it is not `--addr` alone.
-    #[arg(long, value_name = "PEER")]
-    pub peers: Vec<String>,
     /// File version of writes.
     #[arg(long, default_value_t = 1)]
     pub sn: u64,
-    /// First timeout of a request, in milliseconds; doubles up to 8000.
+    /// First timeout of a request, in milliseconds; doubles up to 8000 (2000 with `--peers`).
     #[arg(long, value_name = "MS", default_value_t = 1000)]
     pub timeout: u64,
     /// Seconds without any answer after which open requests are left unanswered.
@@ -148,7 +150,7 @@ pub fn run(args: &Args) -> Result<Report> {
 /// Options that fit together.
 struct Plan {
     args: Args,
-    addr: SocketAddr,
+    nodes: Vec<SocketAddr>,
     copysets: Vec<(u32, u32)>,
     geometries: Vec<Geometry>,
     read_percent: u32,
@@ -156,8 +158,13 @@ struct Plan {
 
 impl Plan {
     fn check(args: &Args) -> Result<Self> {
-        let addr = args.addr.to_socket_addrs().with_context(|| args.addr.clone())?.next();
-        let addr = addr.with_context(|| format!("{}: no address", args.addr))?;
+        let nodes = match &args.addr {
+            None => args.peers.clone(),
+            Some(name) => {
+                let addr = name.to_socket_addrs().with_context(|| name.clone())?.next();
+                vec![addr.with_context(|| format!("{name}: no address"))?]
+            }
+        };
         let copysets = parse_copysets(&args.copysets)?;
         let total = copysets.len() as u64 * args.chunks;
         if total == 0 || args.threads == 0 || args.conns == 0 || args.depth == 0 {
@@ -183,7 +190,7 @@ impl Plan {
         let workers = (args.threads as u64).min(total);
         let part = |worker: u64| (0..total).filter(|index| index % workers == worker).map(place).collect();
         let geometries = (0..workers).map(|worker| Geometry { chunks: part(worker), span }).collect();
-        Ok(Self { args: args.clone(), addr, copysets, geometries, read_percent: read })
+        Ok(Self { args: args.clone(), nodes, copysets, geometries, read_percent: read })
     }
 }
 
@@ -192,6 +199,7 @@ struct Session<'a> {
     plan: &'a Plan,
     state: State,
     models: Vec<Option<Model>>,
+    leaders: Leaders,
     progress: Arc<AtomicU64>,
 }
 
@@ -199,9 +207,13 @@ impl<'a> Session<'a> {
     fn open(plan: &'a Plan) -> Result<Self> {
         let args = &plan.args;
         let mut fresh = false;
+        let mut leaders = Leaders::new(plan.nodes.clone());
         if args.create {
-            fresh = setup::create_copysets(plan.addr, &plan.copysets, &args.peers)?;
-            setup::wait_for_leaders(plan.addr, &plan.copysets)?;
+            fresh = setup::create_copysets(&plan.nodes, &plan.copysets)?;
+            setup::wait_for_leaders(&mut leaders, &plan.copysets)?;
+        } else if plan.nodes.len() > 1 {
+            // Whom nobody knows yet, redirects will tell.
+            setup::find_leaders(&mut leaders, &mut plan.copysets.clone())?;
         }
         let state = match &args.state {
             Some(path) if path.exists() || args.verify_only => State::load(path)?,
@@ -219,7 +231,7 @@ impl<'a> Session<'a> {
         } else {
             plan.geometries.iter().map(|_| None).collect()
         };
-        Ok(Self { plan, state, models, progress: Arc::default() })
+        Ok(Self { plan, state, models, leaders, progress: Arc::default() })
     }
 
     fn save(&mut self) -> Result<()> {
@@ -259,12 +271,12 @@ impl<'a> Session<'a> {
             let model = self.models.get_mut(worker).and_then(Option::take);
             let (source, pace, ops) = part(worker, geometry, model.as_ref());
             let config = Config { ops, ..config.clone() };
-            engines.push(Engine::new(config, geometry.clone(), source, pace, model));
+            engines.push(Engine::new(config, geometry.clone(), self.leaders.clone(), source, pace, model));
         }
         let epoch = Instant::now();
-        let (addr, progress, conns) = (self.plan.addr, &self.progress, config.conns);
+        let (nodes, progress, conns) = (&self.plan.nodes[..], &self.progress, config.conns);
         let (results, seen) = std::thread::scope(|scope| {
-            let start = |engine| scope.spawn(move || driver::run(engine, addr, conns, epoch, progress));
+            let start = |engine| scope.spawn(move || driver::run(engine, nodes, conns, epoch, progress));
             let handles: Vec<_> = engines.into_iter().map(start).collect();
             let running_ref = &running;
             let watcher = scope.spawn(move || {
@@ -279,6 +291,7 @@ impl<'a> Session<'a> {
         let results = results.map_err(|_| anyhow::anyhow!("a worker panicked"))?;
         for (slot, result) in self.models.iter_mut().zip(results) {
             let (engine, end) = result.map_err(|_| anyhow::anyhow!("a worker panicked"))??;
+            self.leaders.clone_from(engine.leaders());
             let (part, model, survived) = engine.into_results(end);
             *slot = model;
             stats.add(part);
@@ -343,7 +356,7 @@ impl<'a> Session<'a> {
             until_disconnect: args.until_disconnect,
             ..self.config(if args.verify { Check::Judge } else { Check::Off })
         };
-        let target = Target::find(self.plan.addr, args.server_pid, args.disk.as_deref());
+        let target = Targets::find(&self.plan.nodes, args.server_pid, args.disk.as_deref());
         let workers = self.plan.geometries.len();
         let read_percent = self.plan.read_percent;
         let (until, end) = (config.measure_from, config.stop_at);

@@ -6,8 +6,10 @@ mod fake;
 use bench::report::Report;
 use bench::rpc::{self, Args};
 use clap::Parser;
-use fake::{Act, Fake};
-use std::sync::atomic::{AtomicBool, Ordering};
+use fake::{Act, Chunks, Fake};
+use std::net::{SocketAddr, TcpListener};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
 #[derive(Parser)]
@@ -107,8 +109,8 @@ fn a_stall_is_seen_by_every_request_that_should_have_started_in_it() {
 
 #[test]
 fn a_crash_leaves_unanswered_writes_that_the_next_process_settles() {
-    let down = std::sync::Arc::new(AtomicBool::new(false));
-    let seen = std::sync::Arc::clone(&down);
+    let down = Arc::new(AtomicBool::new(false));
+    let seen = Arc::clone(&down);
     let fake = Fake::start(move |count, request| {
         if count == 400 {
             seen.store(true, Ordering::Relaxed);
@@ -143,8 +145,79 @@ fn a_server_that_babbles_or_vanishes_ends_the_run_in_time() {
     let fake = Fake::start(|_, _| Act::Babble);
     let report = run(&fake, "--seconds 0.3 --warmup 0 --give-up 0.3");
     assert!(report.write.ops == 0 && report.disconnects > 0 && report.unanswered > 0, "{report}");
-    let error = rpc::run(&Args { addr: "127.0.0.1:1".into(), ..args(&fake, "") });
+    let error = rpc::run(&Args { addr: Some("127.0.0.1:1".into()), ..args(&fake, "") });
     assert!(error.is_err());
+}
+
+/// Three nodes over the same chunks. Node `leader % 3` leads; `act` says what a node does with a request it should serve.
+fn three(
+    leader: &Arc<AtomicU64>,
+    act: impl Fn(u64, &fake::Request) -> Act + Send + Sync + Clone + 'static,
+) -> Vec<Fake> {
+    let listeners: Vec<_> = (0..3).map(|_| TcpListener::bind("127.0.0.1:0").unwrap()).collect();
+    let addrs: Vec<SocketAddr> = listeners.iter().map(|listener| listener.local_addr().unwrap()).collect();
+    let chunks = Chunks::default();
+    let start = |(node, listener): (u64, TcpListener)| {
+        let (leader, addrs, act) = (Arc::clone(leader), addrs.clone(), act.clone());
+        Fake::node(listener, Arc::clone(&chunks), move |count, request| {
+            let leads = leader.load(Ordering::Relaxed) % 3;
+            if leads == node {
+                act(count, request)
+            } else {
+                Act::Redirect((count % 3 != 0).then(|| addrs[leads as usize]))
+            }
+        })
+    };
+    (0..).zip(listeners).map(start).collect()
+}
+
+fn run_on(nodes: &[Fake], more: &str) -> Report {
+    let peers = nodes.iter().map(|fake| fake.addr.to_string()).collect::<Vec<_>>().join(",");
+    let fixed = ["bench", "--peers", &peers, "--copysets", "1:1-2", "--chunks", "2", "--span", "1MiB", "--create"];
+    rpc::run(&Cli::parse_from(fixed.into_iter().chain(more.split_ascii_whitespace())).args).unwrap()
+}
+
+#[test]
+fn leaders_are_followed_by_hint_and_left_when_they_break_or_fall_silent() {
+    let leader = Arc::new(AtomicU64::new(2));
+    let moves = Arc::clone(&leader);
+    let nodes = three(&leader, move |count, request| {
+        // Every hundred requests of a node it stops leading: with the connection broken, silent, or in good order.
+        let how = if count % 100 == 99 { moves.fetch_add(1, Ordering::Relaxed) } else { 3 };
+        match how % 3 {
+            0 if count % 100 == 99 && request.method == "WriteChunk" => Act::Mute,
+            1 if count % 100 == 99 => Act::Close { applied: true },
+            _ => Act::Serve,
+        }
+    });
+    let report = run_on(&nodes, "--verify --ops 2000 --mix 30:70 --depth 16 --conns 2 --timeout 200");
+    assert!(report.is_clean() && report.total.ops == 2000 && report.unanswered == 0, "{report}");
+    assert!(report.statuses["REDIRECTED"] > 10 && report.disconnects > 1 && report.timeouts > 0, "{report}");
+    assert!(leader.load(Ordering::Relaxed) > 10, "{report}");
+}
+
+#[test]
+fn an_attempt_that_turns_up_late_is_no_error_but_a_lost_answer_is() {
+    let leader = Arc::new(AtomicU64::new(0));
+    // A paused node in small: what it was sent is executed after the retry was answered, and newer writes too.
+    let late = |count: u64, request: &fake::Request| {
+        let late = request.method == "WriteChunk" && count % 50 == 20;
+        if late { Act::Late(Duration::from_millis(150)) } else { Act::Serve }
+    };
+    let flags = "--verify --seconds 1 --warmup 0 --mix 50:50 --depth 8 --timeout 50";
+    let report = run_on(&three(&leader, late), flags);
+    assert!(report.is_clean() && report.timeouts > 0, "{report}");
+    // A new leader that does not know what the old one acknowledged.
+    let report = run_on(
+        &three(
+            &leader,
+            |count, request| {
+                if request.method == "WriteChunk" && count % 50 == 20 { Act::Forget } else { Act::Serve }
+            },
+        ),
+        flags,
+    );
+    assert!(!report.is_clean(), "{report}");
 }
 
 #[test]

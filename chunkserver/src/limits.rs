@@ -43,6 +43,21 @@ pub const MAILBOX_DEPTH: usize = 4096;
 /// Largest NBD read or write.
 pub const NBD_REQUEST_BYTES_MAX: usize = 32 * MIB;
 
+/// Bytes queued for one peer's shard on its data connection; what finds no room is lost, and raft is told.
+pub const PEER_DATA_BYTES_MAX: usize = 16 * MIB;
+/// The same on the connection for votes and heartbeats.
+pub const PEER_CONTROL_BYTES_MAX: usize = MIB;
+/// The same while the first connection is being made.
+pub const PEER_EARLY_BYTES_MAX: usize = 256 * KIB;
+/// A frame to a peer ends with the message that brings its payloads to this, or its heads to that.
+pub const PEER_FRAME_BYTES: usize = 4 * MIB;
+/// See [`PEER_FRAME_BYTES`].
+pub const PEER_FRAME_HEAD_BYTES: usize = 128 * KIB;
+/// Longest context of a peer's message or head of its bulk data.
+pub const PEER_HEAD_BYTES_MAX: usize = 64 * KIB;
+/// Peers a shard sends to.
+pub const PEERS_MAX: usize = 256;
+
 /// Default size of a shard's payload arena.
 pub const ARENA_BYTES: usize = 256 * MIB;
 /// Default bound of payload bytes a shard keeps pinned for blocks not yet on their slots.
@@ -57,15 +72,34 @@ pub const LOG_BYTES: usize = 512 * MIB;
 /// Size of a log segment; one of them is kept for HardState, Checkpoint and Purge (rule 9).
 pub const LOG_SEGMENT_BYTES: usize = 32 * MIB;
 
+/// What clients leave of a payload arena of this size to peers: two nodes full of clients' writes must not wait for each
+/// other's appends (rule 14).
+#[must_use]
+pub const fn peer_reserve(arena: usize) -> usize {
+    let share = arena / 8;
+    if share < 2 * CHUNK_BYTES_MAX { share } else { 2 * CHUNK_BYTES_MAX }
+}
+
+/// Whether a client's payload of `len` bytes may come in: it leaves the peers' share, or nobody else uses the arena.
+#[must_use]
+pub const fn client_may_take(arena_free: usize, arena: usize, len: usize) -> bool {
+    arena_free == arena || arena_free >= len + peer_reserve(arena)
+}
+
 const _: () = assert!(CHUNK_BYTES_MAX.is_multiple_of(BLOCK));
 const _: () = assert!(CHUNK_BYTES_MAX < FRAME_BYTES_MAX, "a whole chunk fits into a frame");
 const _: () = assert!(CHUNK_BYTES_MAX <= CONNECTION_BYTES_MAX, "a whole chunk fits into a connection's budget");
+const _: () = assert!(
+    PEER_FRAME_BYTES + 2 * CHUNK_BYTES_MAX + MIB <= FRAME_BYTES_MAX,
+    "a frame that is almost full takes the largest message too"
+);
+const _: () = assert!(PEER_FRAME_BYTES <= PEER_DATA_BYTES_MAX && PEER_EARLY_BYTES_MAX <= PEER_CONTROL_BYTES_MAX);
 const _: () = assert!(NBD_REQUEST_BYTES_MAX <= CONNECTION_BYTES_MAX);
 const _: () = assert!(CONNECTION_REQUESTS_MAX > INFLIGHT_REQUESTS_MAX, "OVERLOAD stays reachable");
 const _: () = assert!(CONNECTION_REQUESTS_MAX * REQUEST_OVERHEAD_BYTES < CONNECTION_BYTES_MAX);
 const _: () = assert!(DIRECT_RECV_BYTES_MIN.is_multiple_of(BLOCK) && DIRECT_RECV_BYTES_MIN <= CHUNK_BYTES_MAX);
 const _: () = assert!(
-    DIRTY_BYTES_MAX + PROPOSED_BYTES_MAX + CONNECTION_BYTES_MAX <= ARENA_BYTES,
+    DIRTY_BYTES_MAX + PROPOSED_BYTES_MAX + CONNECTION_BYTES_MAX + peer_reserve(ARENA_BYTES) <= ARENA_BYTES,
     "what waits for write-back, what is proposed and what is being received fit together, so each can make progress"
 );
 const _: () = assert!(

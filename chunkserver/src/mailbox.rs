@@ -6,12 +6,14 @@
 
 use crate::io::{ConnId, ShardId};
 use crate::shard::request::{Reply, Request};
+use proto::peer::Hello;
 use rtrb::{Consumer, Producer, RingBuffer};
 use std::collections::VecDeque;
 
 /// Requests one shard may have unanswered at another.
 pub const CREDITS: usize = crate::limits::MAILBOX_DEPTH;
 const CONNECTIONS: usize = 1024;
+const GREETINGS: usize = 64;
 
 /// What one shard sends another.
 #[derive(Debug)]
@@ -22,15 +24,28 @@ pub enum Mail {
     Reply(Reply),
     /// A connection accepted elsewhere that this shard shall serve; the number says which kind.
     Connection(ConnId, u8),
+    /// A connection of a peer that asked for this shard, and what it said.
+    Peer(ConnId, Box<Greeted>),
+}
+
+/// A greeting that is not answered yet.
+#[derive(Clone, Copy, Debug)]
+pub struct Greeted {
+    /// What it says.
+    pub hello: Hello,
+    /// To be echoed in the answer.
+    pub correlation_id: i64,
 }
 
 struct Peer {
     requests_out: Producer<Request>,
     replies_out: Producer<Reply>,
     connections_out: Producer<(ConnId, u8)>,
+    peers_out: Producer<(ConnId, Box<Greeted>)>,
     requests_in: Consumer<Request>,
     replies_in: Consumer<Reply>,
     connections_in: Consumer<(ConnId, u8)>,
+    peers_in: Consumer<(ConnId, Box<Greeted>)>,
     backlog: VecDeque<Request>,
     credits: usize,
     wake: bool,
@@ -63,15 +78,16 @@ pub fn mesh(shards: u16) -> Vec<Mailbox> {
     boxes
 }
 
-type Out = (Producer<Request>, Producer<Reply>, Producer<(ConnId, u8)>);
-type In = (Consumer<Request>, Consumer<Reply>, Consumer<(ConnId, u8)>);
+type Out = (Producer<Request>, Producer<Reply>, Producer<(ConnId, u8)>, Producer<(ConnId, Box<Greeted>)>);
+type In = (Consumer<Request>, Consumer<Reply>, Consumer<(ConnId, u8)>, Consumer<(ConnId, Box<Greeted>)>);
 
 /// One direction of a pair.
 fn one_way() -> (Out, In) {
     let (requests_out, requests_in) = RingBuffer::new(CREDITS);
     let (replies_out, replies_in) = RingBuffer::new(CREDITS);
     let (connections_out, connections_in) = RingBuffer::new(CONNECTIONS);
-    ((requests_out, replies_out, connections_out), (requests_in, replies_in, connections_in))
+    let (peers_out, peers_in) = RingBuffer::new(GREETINGS);
+    ((requests_out, replies_out, connections_out, peers_out), (requests_in, replies_in, connections_in, peers_in))
 }
 
 impl Peer {
@@ -80,9 +96,11 @@ impl Peer {
             requests_out: out.0,
             replies_out: out.1,
             connections_out: out.2,
+            peers_out: out.3,
             requests_in: inward.0,
             replies_in: inward.1,
             connections_in: inward.2,
+            peers_in: inward.3,
             backlog: VecDeque::new(),
             credits: CREDITS,
             wake: false,
@@ -131,6 +149,16 @@ impl Mailbox {
         peer.connections_out.push((conn, kind)).map_err(|_| conn)
     }
 
+    /// Hand a peer's connection over; gives it back when the other side is swamped.
+    ///
+    /// # Errors
+    /// The connection, when there is no room.
+    pub fn send_peer(&mut self, to: u16, conn: ConnId, greeted: Greeted) -> Result<(), ConnId> {
+        let peer = self.peer(to);
+        peer.wake = true;
+        peer.peers_out.push((conn, Box::new(greeted))).map_err(|_| conn)
+    }
+
     /// Everything that has arrived.
     pub fn receive(&mut self, mut each: impl FnMut(u16, Mail)) {
         for (shard, peer) in self.peers.iter_mut().enumerate() {
@@ -145,6 +173,9 @@ impl Mailbox {
             while let Ok((conn, kind)) = peer.connections_in.pop() {
                 each(shard as u16, Mail::Connection(conn, kind));
             }
+            while let Ok((conn, greeted)) = peer.peers_in.pop() {
+                each(shard as u16, Mail::Peer(conn, greeted));
+            }
             peer.push_backlog();
         }
     }
@@ -152,10 +183,12 @@ impl Mailbox {
     /// Is something waiting to be received?
     #[must_use]
     pub fn has_mail(&self) -> bool {
-        self.peers
-            .iter()
-            .flatten()
-            .any(|p| !(p.replies_in.is_empty() && p.requests_in.is_empty() && p.connections_in.is_empty()))
+        self.peers.iter().flatten().any(|p| {
+            !(p.replies_in.is_empty()
+                && p.requests_in.is_empty()
+                && p.connections_in.is_empty()
+                && p.peers_in.is_empty())
+        })
     }
 
     /// Who was sent something since the last call and must be woken.

@@ -4,9 +4,11 @@ use anyhow::{Context, bail};
 use bytesize::ByteSize;
 use chunkserver::config::Config;
 use chunkserver::control::ctl::{self, Command as Ctl};
-use chunkserver::control::{disk, inspect};
+use chunkserver::control::{disk, inspect, remote};
 use chunkserver::serve;
 use clap::{Args, Parser, Subcommand};
+use copyset::PeerId;
+use raftlog::CopysetId;
 use serde_json::Value;
 use std::net::SocketAddr;
 use std::path::PathBuf;
@@ -177,7 +179,7 @@ enum VolumeCommand {
 
 #[derive(Subcommand)]
 enum CopysetCommand {
-    /// Create copysets with this server as the only member
+    /// Create copysets: with this server as the only member, or on all of `--peers`
     Create {
         /// Logical pool
         #[arg(long, default_value_t = 1)]
@@ -188,19 +190,69 @@ enum CopysetCommand {
         /// How many
         #[arg(long, default_value_t = 1)]
         count: u32,
+        /// Members, `ip:port[:index]` each; all of them are asked, over their RPC ports
+        #[arg(long, value_delimiter = ',')]
+        peers: Vec<PeerId>,
     },
     /// List copysets
     List,
-    /// Show one
+    /// Show one, as this server or `--node` sees it
     Status {
         /// `POOL:ID`
         copyset: String,
+        /// RPC address of the server to ask
+        #[arg(long)]
+        node: Option<SocketAddr>,
     },
-    /// Destroy one and its data
+    /// Make a server a member
+    AddPeer {
+        #[command(flatten)]
+        on: Remote,
+        /// New member, `ip:port[:index]`; it must have been created there, with no members
+        peer: PeerId,
+    },
+    /// Make a server a member no more
+    RemovePeer {
+        #[command(flatten)]
+        on: Remote,
+        /// Member
+        peer: PeerId,
+    },
+    /// Make these the members
+    ChangePeers {
+        #[command(flatten)]
+        on: Remote,
+        /// Members
+        #[arg(required = true, value_delimiter = ',')]
+        peers: Vec<PeerId>,
+    },
+    /// Hand leadership over
+    TransferLeader {
+        #[command(flatten)]
+        on: Remote,
+        /// New leader [default: the member that is furthest]
+        peer: Option<PeerId>,
+    },
+    /// Make what a server has applied durable outside its log
+    Snapshot {
+        #[command(flatten)]
+        on: Remote,
+    },
+    /// Destroy this server's replica of one, and its data
     Delete {
         /// `POOL:ID`
         copyset: String,
     },
+}
+
+/// A copyset and one of its servers.
+#[derive(Args)]
+struct Remote {
+    /// `POOL:ID`
+    copyset: String,
+    /// RPC address of any of its servers
+    #[arg(long)]
+    node: SocketAddr,
 }
 
 fn main() -> ExitCode {
@@ -229,7 +281,7 @@ fn run(command: Command) -> anyhow::Result<ExitCode> {
         Command::Format(args) => format(&args)?,
         Command::Serve(args) => return serve::run(&configure(args)?),
         Command::Volume { to, command } => ask(&to, &volume_command(command)?)?,
-        Command::Copyset { to, command } => ask(&to, &copyset_command(command)?)?,
+        Command::Copyset { to, command } => show(&copyset(&to, command)?, to.json),
         Command::Status { to } => ask(&to, &Ctl::Status)?,
         Command::LogLevel { to, filter } => ask(&to, &Ctl::LogLevel { filter })?,
         Command::Inspect { disk, json } => show(&inspect::inspect(&disk)?, json),
@@ -304,25 +356,39 @@ fn volume_command(command: VolumeCommand) -> anyhow::Result<Ctl> {
     })
 }
 
-fn copyset_command(command: CopysetCommand) -> anyhow::Result<Ctl> {
-    let one = |text: &str| -> anyhow::Result<(u32, u32)> {
-        match parse_copysets(text)?.as_slice() {
-            &[pair] => Ok(pair),
-            _ => bail!("{text:?} is not one copyset; write POOL:ID"),
+fn copyset(to: &Target, command: CopysetCommand) -> anyhow::Result<Value> {
+    let local = |command: Ctl| Ok(ctl::call(&to.ctl, &command)?);
+    let change = |on: &Remote, change| Ok(remote::change(on.node, one(&on.copyset)?, &change)?);
+    match command {
+        CopysetCommand::Create { pool, first, count, peers } if peers.is_empty() => {
+            local(Ctl::CopysetCreate { pool, first, count })
         }
-    };
-    Ok(match command {
-        CopysetCommand::Create { pool, first, count } => Ctl::CopysetCreate { pool, first, count },
-        CopysetCommand::List => Ctl::CopysetList,
-        CopysetCommand::Status { copyset } => {
-            let (pool, copyset) = one(&copyset)?;
-            Ctl::CopysetStatus { pool, copyset }
+        CopysetCommand::Create { pool, first, count, peers } => Ok(remote::create(&peers, pool, first, count)?),
+        CopysetCommand::List => local(Ctl::CopysetList),
+        CopysetCommand::Status { copyset, node: Some(node) } => Ok(remote::status(node, one(&copyset)?)?),
+        CopysetCommand::Status { copyset, node: None } => {
+            let id = one(&copyset)?;
+            local(Ctl::CopysetStatus { pool: id.pool(), copyset: id.copyset() })
         }
+        CopysetCommand::AddPeer { on, peer } => change(&on, remote::Change::Add(peer)),
+        CopysetCommand::RemovePeer { on, peer } => change(&on, remote::Change::Remove(peer)),
+        CopysetCommand::ChangePeers { on, peers } => change(&on, remote::Change::Set(peers)),
+        CopysetCommand::TransferLeader { on, peer } => {
+            change(&on, remote::Change::Transfer(peer.unwrap_or(PeerId::NONE)))
+        }
+        CopysetCommand::Snapshot { on } => Ok(remote::snapshot(on.node, one(&on.copyset)?)?),
         CopysetCommand::Delete { copyset } => {
-            let (pool, copyset) = one(&copyset)?;
-            Ctl::CopysetDelete { pool, copyset }
+            let id = one(&copyset)?;
+            local(Ctl::CopysetDelete { pool: id.pool(), copyset: id.copyset() })
         }
-    })
+    }
+}
+
+fn one(text: &str) -> anyhow::Result<CopysetId> {
+    match parse_copysets(text)?.as_slice() {
+        &[(pool, copyset)] => Ok(CopysetId::new(pool, copyset)),
+        _ => bail!("{text:?} is not one copyset; write POOL:ID"),
+    }
 }
 
 /// `1:1-8,2:5` as pairs.

@@ -234,6 +234,26 @@ counters! {
     NbdRequests = "nbd_request_num",
     /// HTTP requests.
     HttpRequests = "http_request_num",
+    /// Connections to peers that are up (a gauge).
+    PeerLinks = "peer_link_count",
+    /// Attempts to connect to a peer.
+    PeerDials = "peer_dial_num",
+    /// Handshakes with peers that failed, on either side.
+    PeerHandshakesFailed = "peer_handshake_failed_num",
+    /// Messages for peers.
+    PeerMailOut = "peer_mail_out_num",
+    /// Of these, thrown away: no connection, or its queue was full.
+    PeerMailLost = "peer_mail_lost_num",
+    /// Messages of peers.
+    PeerMailIn = "peer_mail_in_num",
+    /// Messages of peers that were dropped: bad checksums, not understood, another shard's.
+    PeerBad = "peer_mail_bad_num",
+    /// Messages of other replicas that were refused: of another copyset or replica, malformed, or with a wrong checksum.
+    PeerRefused = "peer_refused_num",
+    /// Appends of other replicas that had to wait for memory or log space.
+    PeerHeld = "peer_append_held_num",
+    /// Appends of other replicas cut short because no slot was free.
+    PeerNoSpace = "peer_append_nospace_num",
 }
 
 /// RPC methods measured; the service's table must not be longer.

@@ -4,6 +4,7 @@
 //! from the turn, not from a knob.
 
 mod drain;
+mod peers;
 mod routing;
 mod sockets;
 
@@ -14,14 +15,16 @@ use crate::limits;
 use crate::mailbox::{Mail, Mailbox};
 use crate::metrics::Counter;
 use crate::nbd;
+use crate::peer::{PeerCounts, PeerEvent, Peers};
 use crate::rpc;
 use crate::service::{self, Context, Shared};
+use crate::shard::mail::PeerMail;
 use crate::shard::{Arenas, Effects, Failure, Shard};
 use crate::volume::catalog::SharedCatalog;
 use routing::{Gather, Job, Waiting};
 use slab::Slab;
 use sockets::Conn;
-use std::collections::BinaryHeap;
+use std::collections::{BTreeMap, BinaryHeap, VecDeque};
 use std::sync::Arc;
 
 /// What a listening socket speaks.
@@ -63,6 +66,7 @@ enum Owner {
     Send = 4,
     Close = 5,
     Wake = 6,
+    Connect = 7,
 }
 
 const SERIAL_MASK: u32 = 0x00ff_ffff;
@@ -101,6 +105,13 @@ pub struct Reactor<I: Io> {
     incoming: Vec<rpc::Incoming>,
     nbd_events: Vec<nbd::NbdEvent>,
     mail: Vec<(u16, Mail)>,
+    peers: Peers,
+    peer_events: VecDeque<PeerEvent>,
+    /// Mail of peers that was received and not handed to the shard yet.
+    peer_mail: Vec<PeerMail>,
+    peer_counts: PeerCounts,
+    /// Connections of the links of `peers`.
+    link_conns: BTreeMap<usize, usize>,
     again: bool,
     requested: bool,
     starved: bool,
@@ -118,13 +129,16 @@ impl<I: Io> std::fmt::Debug for Reactor<I> {
 impl<I: Io> Reactor<I> {
     /// A loop for `shard`, which will recover in the first turns.
     pub fn new(io: I, number: u16, shard: Shard, setup: Setup) -> Self {
+        let context = Context::new(Arc::clone(&setup.shared), usize::from(number));
+        let me = peers::identity(&context, &setup.layout, number);
         let options = rpc::Options { route: service::route, chunk_size: setup.layout.chunk_size as usize };
+        let now = io.now();
         Self {
             io,
             shard,
             number,
             shards: setup.layout.shards,
-            context: Context::new(Arc::clone(&setup.shared), usize::from(number)),
+            context,
             options,
             conns: Slab::new(),
             unread: Vec::new(),
@@ -142,6 +156,11 @@ impl<I: Io> Reactor<I> {
             incoming: Vec::new(),
             nbd_events: Vec::new(),
             mail: Vec::new(),
+            peers: Peers::new(me, me.peer ^ u64::from(number) << 48 ^ now.0),
+            peer_events: VecDeque::new(),
+            peer_mail: Vec::new(),
+            peer_counts: PeerCounts::default(),
+            link_conns: BTreeMap::new(),
             again: true,
             requested: false,
             starved: false,
@@ -183,6 +202,7 @@ impl<I: Io> Reactor<I> {
         let mut completions = std::mem::take(&mut self.completions);
         self.io.turn(deadline, &mut completions);
         self.again = false;
+        self.shard.observe(self.io.now());
         let metrics = self.context.metrics();
         metrics.add(Counter::Turns, 1);
         metrics.tick(self.io.now());
@@ -196,6 +216,7 @@ impl<I: Io> Reactor<I> {
         self.accept_more();
         self.drain_step();
         self.consequences();
+        self.peers_step();
         self.finish_sockets();
         let io = &mut self.io;
         self.setup.mailbox.take_wakes(|shard| io.submit(token(Owner::Wake, 0, 0), Op::Wake { shard }));
@@ -210,6 +231,7 @@ impl<I: Io> Reactor<I> {
             o if o == Owner::Recv as u64 => self.received(index, serial, completion.done),
             o if o == Owner::Send as u64 => self.sent(index, serial, &completion.done),
             o if o == Owner::Close as u64 => self.closed(index, serial),
+            o if o == Owner::Connect as u64 => self.linked(index, completion.done),
             _ => assert!(matches!(completion.done, Done::Wake), "a completion without an owner: {completion:?}"),
         }
     }
@@ -246,9 +268,13 @@ impl<I: Io> Reactor<I> {
         for reply in effects.replies.drain(..) {
             self.route_reply(reply);
         }
+        for mail in effects.mail.drain(..) {
+            self.peers.mail(self.io.now(), mail, &mut self.peer_events);
+        }
         // Routing may have made new effects; keep them, and the buffers.
         effects.ops.append(&mut self.effects.ops);
         effects.replies.append(&mut self.effects.replies);
+        effects.mail.append(&mut self.effects.mail);
         self.effects = effects;
     }
 
@@ -260,6 +286,7 @@ impl<I: Io> Reactor<I> {
                 Mail::Request(request) => self.shard.request(request, &mut self.effects),
                 Mail::Reply(reply) => self.own_reply(reply),
                 Mail::Connection(conn, protocol) => self.open(conn, protocol),
+                Mail::Peer(conn, greeted) => self.open_peer(conn, &greeted),
             }
         }
         self.mail = mail;
@@ -275,7 +302,7 @@ impl<I: Io> Reactor<I> {
         if self.again {
             return self.io.now();
         }
-        let mut deadline = self.shard.deadline();
+        let mut deadline = self.shard.deadline().min(self.peers.deadline());
         if let Some(std::cmp::Reverse((at, ..))) = self.timers.peek() {
             deadline = deadline.min(*at);
         }

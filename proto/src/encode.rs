@@ -27,6 +27,20 @@ pub fn put_request<M: prost::Message>(out: &mut BytesMut, head: &RequestHead<'_>
     put(out, Outgoing { part, correlation_id: head.correlation_id, attachment_len }, Some(message));
 }
 
+/// The same for a message that is bytes already.
+pub fn put_request_bytes(out: &mut BytesMut, head: &RequestHead<'_>, message: &[u8], attachment_len: usize) {
+    let part = Part::Request { service: head.service, method: head.method, log_id: head.log_id };
+    put_head(out, Outgoing { part, correlation_id: head.correlation_id, attachment_len }, message.len());
+    out.put_slice(message);
+}
+
+/// Appends a successful response whose message is bytes already, without attachment.
+pub fn put_response_bytes(out: &mut BytesMut, correlation_id: i64, message: &[u8]) {
+    let part = Part::Response { error_code: 0, error_text: "" };
+    put_head(out, Outgoing { part, correlation_id, attachment_len: 0 }, message.len());
+    out.put_slice(message);
+}
+
 /// Appends a successful response up to its attachment, of which the caller sends exactly `attachment_len` bytes next.
 pub fn put_response<M: prost::Message>(out: &mut BytesMut, correlation_id: i64, message: &M, attachment_len: usize) {
     let part = Part::Response { error_code: 0, error_text: "" };
@@ -42,8 +56,15 @@ pub fn put_error(out: &mut BytesMut, correlation_id: i64, code: i32, text: &str)
 }
 
 fn put<M: prost::Message>(out: &mut BytesMut, meta: Outgoing<'_>, message: Option<&M>) {
+    put_head(out, meta, message.map_or(0, prost::Message::encoded_len));
+    if let Some(message) = message {
+        message.encode(out).expect("a BytesMut grows");
+    }
+}
+
+/// Everything before the message.
+fn put_head(out: &mut BytesMut, meta: Outgoing<'_>, message_size: usize) {
     let meta_size = meta.len();
-    let message_size = message.map_or(0, prost::Message::encoded_len);
     let body_size = meta_size + message_size + meta.attachment_len;
     assert!(body_size <= MAX_BODY && meta_size <= MAX_META, "a frame no peer would accept: {body_size} bytes");
     out.reserve(HEADER + meta_size + message_size);
@@ -51,7 +72,4 @@ fn put<M: prost::Message>(out: &mut BytesMut, meta: Outgoing<'_>, message: Optio
     out.put_u32(body_size as u32);
     out.put_u32(meta_size as u32);
     meta.put(out);
-    if let Some(message) = message {
-        message.encode(out).expect("a BytesMut grows");
-    }
 }

@@ -17,7 +17,7 @@
 
 use bytes::{Bytes, BytesMut};
 
-pub use crate::encode::{RequestHead, put_error, put_request, put_response};
+pub use crate::encode::{RequestHead, put_error, put_request, put_request_bytes, put_response, put_response_bytes};
 use crate::{
     code,
     meta::RpcMeta,

@@ -5,6 +5,7 @@
 //! * [`required`]: message bodies, with the checks of proto2;
 //! * [`service`], [`code`]: names and numbers;
 //! * [`nbd`]: the NBD protocol;
+//! * [`peer`]: what our chunkservers say to each other;
 //! * [`common`], [`chunkserver`], [`heartbeat`], [`topology`], [`nebd`], [`brpc`]: the messages.
 //!
 //! Invariants: nothing here does I/O, reads a clock or keeps more of a stream than one message; whatever the bytes are,
@@ -18,6 +19,7 @@ mod encode;
 pub mod frame;
 pub mod meta;
 pub mod nbd;
+pub mod peer;
 pub mod required;
 mod schema;
 pub mod service;

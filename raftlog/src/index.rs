@@ -173,6 +173,12 @@ impl Index {
         }
     }
 
+    /// Where an entry's payload is to be read from, if it is not in memory.
+    #[must_use]
+    pub fn absent(&self, index: u64) -> Option<Location> {
+        self.location(index).filter(|_| self.slot(index).is_some_and(|slot| !slot.resident()))
+    }
+
     /// Whether recovery found the entry's payload on disk rotten (see [`crate::Report::rot`]).
     #[must_use]
     pub fn is_rotten(&self, index: u64) -> bool {

@@ -441,6 +441,25 @@ impl Log {
         }
     }
 
+    /// Gives a payload that was fetched by [`Index::absent`] and verified, to be sent to a peer; [`Self::take_back`] ends that.
+    /// Ignored if the entry has another length meanwhile.
+    pub fn lend(&mut self, id: CopysetId, index: u64, payload: Bytes) {
+        let slot = self.indexes.get_mut(&id).and_then(|log| log.slot_mut(index));
+        if let Some(slot) = slot.filter(|slot| slot.payload_len as usize == payload.len()) {
+            slot.payload = payload;
+        }
+    }
+
+    /// Drops the payloads of entries `low..high` from memory, as far as they are on disk.
+    pub fn take_back(&mut self, id: CopysetId, low: u64, high: u64) {
+        let Some(log) = self.indexes.get_mut(&id) else { return };
+        for index in low..high {
+            if let Some(slot) = log.slot_mut(index).filter(|slot| matches!(slot.place, SlotPlace::Disk(_))) {
+                slot.payload = Bytes::new();
+            }
+        }
+    }
+
     /// Gives a payload back that was fetched (and verified) by [`Index::location`], or from a peer.
     ///
     /// # Panics

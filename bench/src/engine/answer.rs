@@ -13,6 +13,10 @@ const BACKWARD: u64 = 10;
 const CHUNK_EXIST: u64 = 11;
 const EPOCH_TOO_OLD: u64 = 12;
 const TIMEOUT_MAX: u64 = 8_000 * MS;
+/// Where other nodes can be asked, none is waited for that long.
+const TIMEOUT_MAX_SEVERAL: u64 = 2_000 * MS;
+/// Redirects of one operation after which the pause between them grows no more.
+const REDIRECTS_MAX: u32 = 3;
 const TIMEOUT_SCAN: u64 = 20 * MS;
 
 impl Engine {
@@ -36,8 +40,10 @@ impl Engine {
             return;
         };
         let write = op.access.write;
+        let State::Sent { conn, .. } = op.state else { return };
         if reply.error_code != 0 {
             self.stats.count(Cow::Owned(format!("rpc_{}", reply.error_code)));
+            self.doubt(key, conn);
             return self.retry(key, now + 100 * MS, now);
         }
         let Ok(Some(status)) = codec::status(reply.message) else {
@@ -52,15 +58,40 @@ impl Engine {
         }
         match status {
             INVALID_REQUEST | CHUNK_EXIST | EPOCH_TOO_OLD | BACKWARD | CHUNK_NOTEXIST => self.fail(key, now),
-            REDIRECTED => self.retry(key, now + 10 * MS, now),
+            REDIRECTED => self.redirected(key, conn, reply.message, now),
             OVERLOAD => {
                 let Some(op) = self.ops.get_mut(key) else { return };
                 let pause = (100 * MS) << op.overloads.min(6);
                 op.overloads += 1;
+                // The only refusal that promises that nothing was done.
+                op.tried = false;
                 self.retry(key, now + pause, now);
             }
-            _ => self.retry(key, now + 100 * MS, now),
+            _ => {
+                self.doubt(key, conn);
+                self.retry(key, now + 100 * MS, now);
+            }
         }
+    }
+
+    /// The node of connection `conn` is not what op `key` needs.
+    pub(super) fn doubt(&mut self, key: usize, conn: usize) {
+        if let Some(copyset) = self.copyset(key) {
+            self.leaders.doubt(copyset, conn / self.config.conns.max(1));
+        }
+    }
+
+    /// Another node is to be asked: the one named, else the next. Without a leader the pauses grow.
+    fn redirected(&mut self, key: usize, conn: usize, message: &[u8], now: u64) {
+        let Some(copyset) = self.copyset(key) else { return };
+        let hint = codec::redirect(message).ok().flatten();
+        if !hint.is_some_and(|peer| self.leaders.learn(copyset, &peer)) {
+            self.doubt(key, conn);
+        }
+        let Some(op) = self.ops.get_mut(key) else { return };
+        let pause = (10 * MS) << op.redirects.min(REDIRECTS_MAX);
+        op.redirects += 1;
+        self.retry(key, now + pause, now);
     }
 
     /// An operation got its final good answer.
@@ -131,16 +162,17 @@ impl Engine {
             return;
         }
         self.next_scan = now + TIMEOUT_SCAN;
-        let expired: Vec<usize> = self
-            .ops
-            .iter()
-            .filter(|(_, op)| matches!(op.state, State::Sent { deadline, .. } if deadline <= now))
-            .map(|(key, _)| key)
-            .collect();
-        for key in expired {
+        let expired = |(key, op): (usize, &super::Op)| match op.state {
+            State::Sent { conn, deadline } if deadline <= now => Some((key, conn)),
+            _ => None,
+        };
+        let expired: Vec<(usize, usize)> = self.ops.iter().filter_map(expired).collect();
+        let longest = if self.leaders.nodes().len() > 1 { TIMEOUT_MAX_SEVERAL } else { TIMEOUT_MAX };
+        for (key, conn) in expired {
             self.stats.timeouts += 1;
+            self.doubt(key, conn);
             if let Some(op) = self.ops.get_mut(key) {
-                op.timeout = (op.timeout * 2).min(TIMEOUT_MAX.max(self.config.timeout));
+                op.timeout = (op.timeout * 2).min(longest.max(self.config.timeout));
             }
             self.retry(key, now, now);
         }

@@ -12,6 +12,10 @@ pub(crate) enum Act {
     Serve,
     Stall(Duration),
     Status(u8),
+    /// Another node leads: this one, as far as it is known.
+    Redirect(Option<SocketAddr>),
+    /// Neither apply nor answer yet: the request is executed, unanswered, that much later.
+    Late(Duration),
     /// Apply a write, but never answer.
     Mute,
     /// Break the connection; the request is applied first or not.
@@ -42,7 +46,7 @@ pub(crate) struct Request {
     pub(crate) attachment: Vec<u8>,
 }
 
-type Chunks = Arc<Mutex<HashMap<(u64, u64, u64), Vec<u8>>>>;
+pub(crate) type Chunks = Arc<Mutex<HashMap<(u64, u64, u64), Vec<u8>>>>;
 
 #[derive(Clone)]
 pub(crate) struct Fake {
@@ -53,8 +57,16 @@ pub(crate) struct Fake {
 impl Fake {
     /// Serves on a port of its own; `decide` sees every request with its number.
     pub(crate) fn start(decide: impl Fn(u64, &Request) -> Act + Send + Sync + 'static) -> Self {
-        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-        let fake = Self { addr: listener.local_addr().unwrap(), chunks: Chunks::default() };
+        Self::node(TcpListener::bind("127.0.0.1:0").unwrap(), Chunks::default(), decide)
+    }
+
+    /// One of several that serve the same chunks.
+    pub(crate) fn node(
+        listener: TcpListener,
+        chunks: Chunks,
+        decide: impl Fn(u64, &Request) -> Act + Send + Sync + 'static,
+    ) -> Self {
+        let fake = Self { addr: listener.local_addr().unwrap(), chunks };
         let (chunks, decide) = (Arc::clone(&fake.chunks), Arc::new(decide));
         let count = Arc::new(Mutex::new(0));
         std::thread::spawn(move || {
@@ -172,11 +184,34 @@ fn serve(mut stream: TcpStream, chunks: &Chunks, decide: impl Fn(&Request) -> Ac
     }
 }
 
+fn apply(chunks: &mut HashMap<(u64, u64, u64), Vec<u8>>, request: &Request) {
+    assert_eq!(request.attachment.len(), request.size);
+    let data = chunks.entry((request.pool, request.copyset, request.chunk)).or_insert_with(|| vec![0; 16 << 20]);
+    data[request.offset..request.offset + request.size].copy_from_slice(&request.attachment);
+}
+
 fn chunk(stream: &mut TcpStream, chunks: &Chunks, request: &Request, act: &Act) -> std::io::Result<()> {
     let key = (request.pool, request.copyset, request.chunk);
     let (mut rot, mut from) = (false, request.offset);
     match act {
         Act::Status(status) => return stream.write_all(&reply(request, 0, &[8, *status], &[])),
+        Act::Redirect(leader) => {
+            let mut message = vec![8, 1];
+            if let Some(leader) = leader {
+                let peer = format!("{leader}:0");
+                message.extend([0x12, peer.len() as u8]);
+                message.extend(peer.as_bytes());
+            }
+            return stream.write_all(&reply(request, 0, &message, &[]));
+        }
+        Act::Late(time) => {
+            let (time, chunks, request) = (*time, Arc::clone(chunks), request.clone());
+            std::thread::spawn(move || {
+                std::thread::sleep(time);
+                apply(&mut chunks.lock().unwrap(), &request);
+            });
+            return Ok(());
+        }
         Act::RpcError(code) => return stream.write_all(&reply(request, *code, &[], &[])),
         Act::Babble => return stream.write_all(b"HTTP/1.1 400 what?\r\n\r\n"),
         Act::Close { applied: false } => return Err(std::io::ErrorKind::BrokenPipe.into()),
@@ -188,9 +223,7 @@ fn chunk(stream: &mut TcpStream, chunks: &Chunks, request: &Request, act: &Act) 
     }
     let mut locked = chunks.lock().unwrap();
     if request.method == "WriteChunk" {
-        assert_eq!(request.attachment.len(), request.size);
-        let data = locked.entry(key).or_insert_with(|| vec![0; 16 << 20]);
-        data[request.offset..request.offset + request.size].copy_from_slice(&request.attachment);
+        apply(&mut locked, request);
         drop(locked);
         return match act {
             Act::Mute => Ok(()),

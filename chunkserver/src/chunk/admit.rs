@@ -21,7 +21,7 @@ pub(super) struct ChunkView {
 
 /// What an operation does to the view.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Change {
+pub enum Change {
     /// Create the chunk if absent; raise its version to this.
     Write(u64),
     /// Remove it.
@@ -147,6 +147,22 @@ impl Admission {
         proposed.view = after;
         proposed.ops.push_back(Pending { change, creates });
         Ok(())
+    }
+
+    /// Remember an entry that is in the log, whatever the view says of it. False: it creates the chunk, and there is no
+    /// slot for it.
+    pub(super) fn follow(&mut self, key: Key, change: Change, applied: ChunkView, slots: &mut Slots) -> bool {
+        let spare = &mut self.spare;
+        let begin = || Proposed { view: applied, ops: spare.pop().unwrap_or_default() };
+        let proposed = self.proposed.entry(key).or_insert_with(begin);
+        let creates = proposed.view.change(change);
+        proposed.ops.push_back(Pending { change, creates });
+        !creates || slots.reserve_anyway()
+    }
+
+    /// The chunk as it will be, if operations of it are in flight.
+    pub(super) fn view(&self, key: Key) -> Option<ChunkView> {
+        self.proposed.get(&key).map(|proposed| proposed.view)
     }
 
     /// An operation of this chunk is being applied: its reservation, if any, is turned in for the real slot.

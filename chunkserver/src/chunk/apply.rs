@@ -140,7 +140,7 @@ impl Store {
         }
     }
 
-    fn create(&mut self, copyset: CopysetId, index: u64, chunk: u64) -> Result<u32, ApplyError> {
+    pub(super) fn create(&mut self, copyset: CopysetId, index: u64, chunk: u64) -> Result<u32, ApplyError> {
         let (slot, history) = self.slots.take().ok_or(ApplyError::NoSlot)?;
         let incarnation = self.copysets.get_mut(&copyset).map_or(0, |state| {
             state.chunks += 1;

@@ -193,8 +193,8 @@ struct Held {
 
 /// The slots of one shard.
 ///
-/// `reserved` slots are promised to proposals in flight: `free.len() >= reserved` always, so a reserved
-/// creation cannot fail when it is applied.
+/// `reserved` slots are promised to operations in flight: `free.len() >= reserved`, so a reserved creation cannot fail
+/// when it is applied. (Unless damaged metapages put slots out of use that entries in the log need.)
 #[derive(Debug)]
 pub(super) struct Slots {
     shard: u16,
@@ -250,11 +250,18 @@ impl Slots {
 
     /// Promise one slot.
     pub(super) fn reserve(&mut self) -> Result<(), NoSlot> {
-        if self.free.len() == self.reserved {
+        while self.free.len() <= self.reserved {
             self.grow()?;
         }
         self.reserved += 1;
         Ok(())
+    }
+
+    /// Promise one slot to an entry that is in the log already. False: there is none now.
+    pub(super) fn reserve_anyway(&mut self) -> bool {
+        let there = self.reserve().is_ok();
+        self.reserved += usize::from(!there);
+        there
     }
 
     /// Take back `count` promises.
@@ -285,7 +292,7 @@ impl Slots {
         self.history.insert(slot, history);
         held.free += 1;
         let usable = held.usable;
-        if held.free == usable && self.free.len() - usable as usize >= self.reserved {
+        if held.free == usable && self.free.len() >= self.reserved + usable as usize {
             self.return_extent(number);
         }
     }
@@ -300,6 +307,11 @@ impl Slots {
         });
         let extent = Extent { number, slots: slots.collect() };
         self.pool.give_back(self.shard, &extent);
+    }
+
+    /// Slots promised to operations in flight.
+    pub(super) fn promised(&self) -> usize {
+        self.reserved
     }
 
     /// Free slots that are not promised.

@@ -199,12 +199,12 @@ impl Store {
         }
     }
 
-    /// Leadership of `copyset` is lost: nothing admitted so far counts.
+    /// Nothing admitted so far of `copyset` counts: what its log still holds is admitted anew with [`Store::follow`].
     pub fn reset_proposed(&mut self, copyset: CopysetId) {
         self.admission.reset(copyset, &mut self.slots);
     }
 
-    fn applied_view(&self, copyset: CopysetId, chunk: u64) -> ChunkView {
+    pub(super) fn applied_view(&self, copyset: CopysetId, chunk: u64) -> ChunkView {
         self.find(copyset, chunk).map_or_else(ChunkView::default, |(_, c)| ChunkView {
             exists: true,
             sn: c.meta.sn,
@@ -224,11 +224,11 @@ impl Store {
     }
 
     /// The valid copy of its metapage may be an old one: nothing of the chunk can be trusted, and a write would hide it.
-    fn doubtful(&self, copyset: CopysetId, chunk: u64) -> bool {
+    pub(super) fn doubtful(&self, copyset: CopysetId, chunk: u64) -> bool {
         self.find(copyset, chunk).is_some_and(|(_, c)| c.suspect)
     }
 
-    fn find(&self, copyset: CopysetId, chunk: u64) -> Option<(u32, &Chunk)> {
+    pub(super) fn find(&self, copyset: CopysetId, chunk: u64) -> Option<(u32, &Chunk)> {
         let slot = *self.index.get(&(copyset, chunk))?;
         Some((slot, self.chunks.get(&slot)?))
     }
@@ -353,8 +353,9 @@ impl Chunk {
     }
 
     pub(super) fn touch(&mut self, index: u64) {
-        // Replay passes indexes the metapage has seen; it never goes back.
-        self.meta.applied_index = self.meta.applied_index.max(index);
+        // Replay takes it back to where it begins: until it has passed again what the metapage had seen, the chunk is not
+        // what it was then.
+        self.meta.applied_index = index;
     }
 
     /// Version `index` of `block`, whose bytes have this `crc`, is on the slot.

@@ -3,6 +3,7 @@
 pub mod ctl;
 pub mod disk;
 pub mod inspect;
+pub mod remote;
 pub mod server;
 pub mod shards;
 pub mod text;

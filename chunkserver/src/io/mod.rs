@@ -9,6 +9,8 @@ pub mod uring;
 use crate::io::buffer::{PoolBuf, RecvBuf};
 use bytes::Bytes;
 use smallvec::SmallVec;
+use std::net::Ipv4Addr;
+use std::path::PathBuf;
 
 /// Monotonic time that counts suspension (`CLOCK_BOOTTIME`), nanoseconds.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -50,6 +52,15 @@ pub struct ListenerId(pub u32);
 /// A connected socket. Valid on every shard of the process until closed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct ConnId(pub i32);
+
+/// Where somebody listens.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Address {
+    /// TCP: address and port.
+    Tcp(Ipv4Addr, u16),
+    /// A Unix socket of this machine.
+    Unix(PathBuf),
+}
 
 /// One core's reactor, counted from 0.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -103,6 +114,13 @@ pub enum Op {
         /// Listener.
         listener: ListenerId,
     },
+    /// Open a connection; TCP sends what it is given at once (no Nagle).
+    Connect {
+        /// To whom.
+        address: Address,
+        /// Given up after this, milliseconds, with ETIMEDOUT.
+        timeout_ms: u32,
+    },
     /// Receive what is there into a buffer of the implementation's choice (a waiting receive owns no memory).
     Recv {
         /// Connection.
@@ -153,6 +171,8 @@ pub enum Done {
     Sync(Result<(), Errno>),
     /// Of [`Op::Accept`].
     Accept(Result<ConnId, Errno>),
+    /// Of [`Op::Connect`].
+    Connect(Result<ConnId, Errno>),
     /// Of [`Op::Recv`]. Empty = end of stream. ENOBUFS = no receive buffer free: try again later.
     Recv(Result<RecvBuf, Errno>),
     /// Of [`Op::RecvInto`]: the buffer and how many bytes were added (0 = end of stream).

@@ -64,6 +64,8 @@ pub fn probe() -> Result<(), SetupError> {
         (opcode::Writev::CODE, "WRITEV"),
         (opcode::ReadFixed::CODE, "READ_FIXED"),
         (opcode::Accept::CODE, "ACCEPT"),
+        (opcode::Connect::CODE, "CONNECT"),
+        (opcode::LinkTimeout::CODE, "LINK_TIMEOUT"),
         (opcode::Recv::CODE, "RECV"),
         (opcode::SendMsg::CODE, "SENDMSG"),
         (opcode::Shutdown::CODE, "SHUTDOWN"),
@@ -151,6 +153,7 @@ enum Kind {
     },
     Sync,
     Accept,
+    Connect(Box<connect::Connecting>),
     Recv,
     RecvInto(Option<PoolBuf>),
     /// `life`: see [`Uring::lives`].
@@ -496,6 +499,7 @@ fn finish(flight: &mut Flight, entry: &cqueue::Entry, recv: &mut RecvRing, open:
         Kind::Write { len } => Done::Write(whole(*len)),
         Kind::Sync => Done::Sync(whole(0)),
         Kind::Accept => Done::Accept(if result < 0 { Err(errno()) } else { Ok(ConnId(result)) }),
+        Kind::Connect(connecting) => Done::Connect(connecting.finish(result)),
         Kind::Recv => {
             // Whatever the result: a buffer that was used up is ours again.
             let buf = cqueue::buffer_select(entry.flags()).map(|id| recv.take(id, result.max(0) as usize));
@@ -631,6 +635,7 @@ impl Io for Uring {
                 let entry = opcode::Accept::new(fd, std::ptr::null_mut(), std::ptr::null_mut());
                 self.push(&entry.flags(libc::SOCK_CLOEXEC).build().user_data(u64::from(slot)));
             }
+            Op::Connect { address, timeout_ms } => self.submit_connect(token, &address, timeout_ms),
             Op::Recv { conn } => {
                 let slot = self.take(token, Kind::Recv);
                 let entry = opcode::Recv::new(Fd(conn.0), std::ptr::null_mut(), 0).buf_group(RECV_GROUP).build();
@@ -673,5 +678,6 @@ impl Drop for Uring {
     }
 }
 
+mod connect;
 #[cfg(test)]
 mod tests;

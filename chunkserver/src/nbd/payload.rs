@@ -5,6 +5,7 @@
 //! buffer are never copied.
 
 use crate::io::buffer::{Arena, PoolBuf};
+use crate::limits::client_may_take;
 use crate::shard::request::BlockCrcs;
 use crate::volume::io::Payload;
 use raftlog::{BLOCK, crc32c};
@@ -27,9 +28,13 @@ pub(super) struct PayloadReceiver {
 impl PayloadReceiver {
     /// Buffers of these lengths (whole blocks), or `None` when the arena has not enough now.
     pub(super) fn new(lens: impl Iterator<Item = u32>, arena: &Arc<Arena>) -> Option<Self> {
+        let lens: SmallVec<[usize; 4]> = lens.map(|len| len as usize).collect();
+        if !client_may_take(arena.free_bytes(), arena.size(), lens.iter().sum()) {
+            return None;
+        }
         let mut left = SmallVec::new();
         for len in lens {
-            left.push(arena.alloc(len as usize)?);
+            left.push(arena.alloc(len)?);
         }
         left.reverse();
         Some(Self { left, filled: 0, crcs: BlockCrcs::new(), ready: SmallVec::new(), lent: false })

@@ -22,7 +22,7 @@ pub(super) const ACCEPT_TIMER: usize = 1 << 31;
 /// A connection's slot and serial.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Client {
-    index: usize,
+    pub(super) index: usize,
     serial: u32,
 }
 
@@ -83,11 +83,14 @@ impl<I: Io> Reactor<I> {
     }
 
     fn call(&mut self, client: Client, incoming: Incoming) {
+        if let Incoming::Greeting(greeting) = incoming {
+            return self.greeted(client, greeting);
+        }
         let handled = service::handle(&self.context, self.io.now(), incoming);
         self.handled(client, handled);
     }
 
-    fn handled(&mut self, client: Client, handled: Handled) {
+    pub(super) fn handled(&mut self, client: Client, handled: Handled) {
         match handled {
             Handled::Reply(out) => {
                 if let Some(conn) = self.conns.get_mut(client.index).filter(|c| c.serial == client.serial)

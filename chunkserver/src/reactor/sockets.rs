@@ -8,6 +8,7 @@ use crate::io::buffer::{PoolBuf, RecvBuf};
 use crate::io::{ConnId, Done, Errno, Instant, Io, ListenerId, Op};
 use crate::metrics::Counter;
 use crate::nbd;
+use crate::peer;
 use crate::rpc;
 
 /// Accepts in flight per listener.
@@ -24,6 +25,10 @@ const ACCEPT_PAUSE_MS: u64 = 50;
 pub(super) enum Session {
     Rpc(Box<rpc::Connection>),
     Nbd(Box<nbd::Session>),
+    /// A peer called us.
+    Peer(Box<peer::Inbound>),
+    /// We called a peer: a link of `Reactor::peers`.
+    Link(usize),
 }
 
 /// A connection.
@@ -47,6 +52,12 @@ pub(super) struct Conn {
 }
 
 impl Conn {
+    pub(super) fn id(&self) -> ConnId {
+        self.id
+    }
+    pub(super) fn is_doomed(&self) -> bool {
+        self.doomed
+    }
     fn gone(&self) -> bool {
         self.close_done && !self.receiving && !self.sending
     }
@@ -58,6 +69,8 @@ impl Conn {
         match &self.session {
             Session::Rpc(c) => c.holds_payload(),
             Session::Nbd(s) => s.holds_payload(),
+            Session::Peer(p) => p.holds_payload(),
+            Session::Link(_) => false,
         }
     }
     /// Owes no answer and has none queued.
@@ -65,6 +78,7 @@ impl Conn {
         match &self.session {
             Session::Rpc(c) => c.requests() == 0 && c.backlog_bytes() == 0,
             Session::Nbd(s) => s.requests_in_flight() == 0 && s.backlog_bytes() == 0,
+            Session::Peer(_) | Session::Link(_) => true, // nobody waits for an answer
         }
     }
 }
@@ -136,6 +150,11 @@ impl<I: Io> Reactor<I> {
                 Session::Nbd(Box::new(session))
             }
         };
+        self.add(id, session);
+    }
+
+    /// A connection begins.
+    pub(super) fn add(&mut self, id: ConnId, session: Session) -> usize {
         self.context.metrics().add(Counter::Connections, 1);
         let serial = self.next_serial() & super::SERIAL_MASK;
         let index = self.conns.insert(Conn {
@@ -153,6 +172,7 @@ impl<I: Io> Reactor<I> {
             close_done: false,
         });
         self.touch(index);
+        index
     }
 
     /// Look at this connection at the end of the turn: send, receive, close.
@@ -205,6 +225,12 @@ impl<I: Io> Reactor<I> {
         match &mut conn.session {
             Session::Rpc(c) => c.direct_done(buf, added, &mut self.incoming),
             Session::Nbd(s) => s.direct_done(now, buf, added, &mut self.nbd_events),
+            Session::Peer(p) => {
+                p.direct_done(buf, added);
+                conn.input = Some((RecvBuf::new(bytes::Bytes::new()), 0));
+                return self.parse(index);
+            }
+            Session::Link(_) => {}
         }
         self.handle_incoming(index);
     }
@@ -238,6 +264,16 @@ impl<I: Io> Reactor<I> {
                 Ok(nbd::Progress::Stalled) => (true, true, None),
                 Err(reason) => (false, false, Some(reason.to_string())),
             },
+            Session::Peer(p) => match p.received(&mut rest, arena, &mut self.peer_mail) {
+                Ok(peer::Progress::Consumed) => (false, false, None),
+                Ok(peer::Progress::NoBuffer) => (true, true, None),
+                Ok(peer::Progress::Later) => (true, false, None),
+                Err(reason) => (false, false, Some(reason.to_string())),
+            },
+            Session::Link(link) => {
+                self.peers.received(now, *link, rest, &mut self.peer_events);
+                (false, false, None)
+            }
         };
         if more {
             let at = data.len() - rest.len();
@@ -261,6 +297,7 @@ impl<I: Io> Reactor<I> {
             self.starved |= starved;
         }
         self.handle_incoming(index);
+        self.deliver_mail(index);
         if let Some(reason) = failed {
             tracing::debug!(reason, "closing a connection");
             self.context.metrics().add(Counter::ClosedByUs, 1);
@@ -316,6 +353,8 @@ impl<I: Io> Reactor<I> {
         let (bufs, finished) = match &mut conn.session {
             Session::Rpc(c) => (c.take_send(SEND_BUFS), c.is_finished()),
             Session::Nbd(s) => (s.take_send().into_iter().collect(), s.is_finished()),
+            Session::Peer(p) => (p.take_send(SEND_BUFS), p.is_finished()),
+            Session::Link(link) => (self.peers.take_send(*link, SEND_BUFS), false),
         };
         if bufs.is_empty() {
             conn.doomed |= finished;
@@ -336,6 +375,8 @@ impl<I: Io> Reactor<I> {
         let (may, direct) = match &mut conn.session {
             Session::Rpc(c) => (c.may_receive(), c.direct()),
             Session::Nbd(s) => (s.may_receive(), s.direct()),
+            Session::Peer(p) => (p.may_receive(), p.direct()),
+            Session::Link(_) => (true, None),
         };
         let op = match direct {
             Some((buf, filled)) => Op::RecvInto { conn: conn.id, buf, filled },
@@ -353,6 +394,8 @@ impl<I: Io> Reactor<I> {
         let hungry = match &conn.session {
             Session::Rpc(c) => c.wants_buffer().is_some(),
             Session::Nbd(s) => s.wants_buffer(),
+            Session::Peer(p) => p.wants_buffer(),
+            Session::Link(_) => false,
         };
         if hungry && !std::mem::replace(&mut conn.listed, true) {
             conn.input = Some((RecvBuf::new(bytes::Bytes::new()), 0));
@@ -367,6 +410,9 @@ impl<I: Io> Reactor<I> {
         match &mut conn.session {
             Session::Rpc(c) => c.sent(),
             Session::Nbd(s) => s.sent(),
+            Session::Peer(p) => p.sent(),
+            Session::Link(_) if conn.doomed => {} // the link has forgotten this connection
+            Session::Link(link) => self.peers.sent(*link),
         }
         if matches!(done, Done::Send(Err(_))) {
             self.doom(index);
@@ -377,9 +423,13 @@ impl<I: Io> Reactor<I> {
     /// Give a connection up.
     pub(super) fn doom(&mut self, index: usize) {
         if let Some(conn) = self.conns.get_mut(index) {
-            conn.doomed = true;
+            let first = !std::mem::replace(&mut conn.doomed, true);
             conn.input = None;
+            let link = if let Session::Link(link) = conn.session { Some(link) } else { None };
             self.touch(index);
+            if let Some(link) = link.filter(|_| first) {
+                self.unlinked(link);
+            }
         }
     }
 

@@ -14,6 +14,7 @@ use super::payload::{Attachment, Fill};
 use crate::io::buffer::{Arena, PoolBuf};
 use crate::limits::{
     BLOCK, CONNECTION_BYTES_MAX, CONNECTION_REQUESTS_MAX, IGNORED_ATTACHMENT_BYTES_MAX, REQUEST_OVERHEAD_BYTES,
+    client_may_take,
 };
 use bytes::Bytes;
 use proto::code;
@@ -35,6 +36,8 @@ pub enum Route {
         /// Takes whole blocks as attachment.
         payload: bool,
     },
+    /// The call that makes this a connection of a peer.
+    Peer,
     /// No such service or method: the error code to answer.
     Unknown(i32),
 }
@@ -78,11 +81,24 @@ pub struct Reject {
     pub cost: usize,
 }
 
+/// A peer's shard wants to talk to one of ours.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Greeting {
+    /// To be echoed.
+    pub correlation_id: i64,
+    /// What it says.
+    pub body: Bytes,
+    /// Belongs into [`Out::cost`], if it is answered here.
+    pub cost: usize,
+}
+
 /// Something to answer. Each gets exactly one [`Out`].
 #[derive(Debug)]
 pub enum Incoming {
     /// A call.
     Call(Call),
+    /// A peer's greeting: its connection is another kind of session from now on, if it has nothing else in flight.
+    Greeting(Greeting),
     /// A call refused before it got anywhere.
     Reject(Reject),
     /// An HTTP request.
@@ -216,7 +232,7 @@ impl Connection {
                 let (service, method) = reject.meta.names();
                 let (code, text) = match (self.options.route)(service, method) {
                     Route::Unknown(code) => (code, unknown(code, service, method)),
-                    Route::Method { .. } => (frame::Reject::CODE, reject.reason.to_string()),
+                    Route::Method { .. } | Route::Peer => (frame::Reject::CODE, reject.reason.to_string()),
                 };
                 let reject = Reject { correlation_id: reject.meta.correlation_id, code, text, cost: 0 };
                 self.emit(Incoming::Reject(reject), out);
@@ -245,6 +261,13 @@ impl Connection {
         let reject = |code, text| Incoming::Reject(Reject { correlation_id, code, text, cost: 0 });
         let (id, payload) = match (self.options.route)(service, method) {
             Route::Method { id, payload } => (id, payload),
+            Route::Peer if len == 0 => {
+                return self.emit(Incoming::Greeting(Greeting { correlation_id, body, cost: 0 }), out);
+            }
+            Route::Peer => {
+                let text = "Fail to parse request message, a greeting has no attachment".into();
+                return self.pass_over(len, reject(code::EREQUEST, text), out);
+            }
             Route::Unknown(code) => return self.pass_over(len, reject(code, unknown(code, service, method)), out),
         };
         let log_id = meta.request.as_ref().and_then(|request| request.log_id);
@@ -291,7 +314,8 @@ impl Connection {
     }
 
     fn buffer(&mut self, len: usize, arena: &Arc<Arena>) -> Option<Progress> {
-        let Some(buf) = arena.alloc(len) else {
+        let room = client_may_take(arena.free_bytes(), arena.size(), len);
+        let Some(buf) = room.then(|| arena.alloc(len)).flatten() else {
             self.state = State::Buffer(len);
             return Some(Progress::NoBuffer);
         };
@@ -351,6 +375,10 @@ impl Connection {
             Incoming::Reject(reject) => {
                 reject.cost = REQUEST_OVERHEAD_BYTES;
                 reject.cost
+            }
+            Incoming::Greeting(greeting) => {
+                greeting.cost = REQUEST_OVERHEAD_BYTES;
+                greeting.cost
             }
             Incoming::Http(_) => 0,
         };

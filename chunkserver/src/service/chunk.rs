@@ -38,9 +38,7 @@ enum Want {
         kind: OpKind,
         size: u32,
     },
-    Info(CopysetId),
-    /// GetChunkInfo on a node that does not lead: its answer names who does.
-    Redirect,
+    Info,
     Hash,
     /// The copyset's state, to say what the original would have said before doing what we cannot.
     Unsupported,
@@ -57,7 +55,7 @@ fn status(outcome: Outcome) -> Option<Status> {
         Outcome::NoSpace => Status::Nospace,
         Outcome::NoCopyset => Status::CopysetNotexist,
         Outcome::NoChunk => Status::ChunkNotexist,
-        Outcome::Failed => Status::FailureUnknown,
+        Outcome::Failed | Outcome::Busy | Outcome::CatchUp => Status::FailureUnknown,
         Outcome::Overload => Status::Overload,
         Outcome::Backward => Status::Backward,
         Outcome::Exists => Status::ChunkExist,
@@ -205,7 +203,7 @@ fn info(ctx: &Context, now: Instant, mut ticket: Ticket, request: &GetChunkInfoR
     }
     let copyset = CopysetId::new(request.logic_pool_id, request.copyset_id);
     let op = RequestOp::Chunk { chunk: request.chunk_id, op: ChunkOp::Info };
-    let pending = Pending(Step::Chunk(Waiting { ticket, want: Want::Info(copyset) }));
+    let pending = Pending(Step::Chunk(Waiting { ticket, want: Want::Info }));
     Handled::Shard { copyset, op, charge: 0, pending }
 }
 
@@ -251,24 +249,14 @@ pub(super) fn resume(ctx: &Context, now: Instant, waiting: Waiting, reply: Reply
     };
     match want {
         Want::Op { kind, size } => finish_op(ctx, now, ticket, kind, size, status, reply),
-        Want::Info(copyset) if status == Status::Redirected => {
-            let op = RequestOp::Admin(AdminOp::CopysetStatus);
-            let pending = Pending(Step::Chunk(Waiting { ticket, want: Want::Redirect }));
-            Handled::Shard { copyset, op, charge: 0, pending }
-        }
-        Want::Info(_) => {
+        Want::Info => {
+            let redirect = leader_hint(&reply.data);
             let versions = match reply.data {
                 ReplyData::Versions(versions) => versions.to_vec(),
                 _ => Vec::new(),
             };
-            let response = GetChunkInfoResponse { status: status.into(), redirect: None, chunk_sn: versions };
+            let response = GetChunkInfoResponse { status: status.into(), redirect, chunk_sn: versions };
             ticket.reply(ctx, now, &response)
-        }
-        Want::Redirect => {
-            let leader = copysets_leader(&reply.data).filter(|leader| !leader.is_none());
-            let redirect = leader.map(|leader| leader.to_string());
-            let status = Status::Redirected.into();
-            ticket.reply(ctx, now, &GetChunkInfoResponse { status, redirect, chunk_sn: Vec::new() })
         }
         Want::Hash => {
             let hash = match (status, reply.data) {
@@ -281,9 +269,10 @@ pub(super) fn resume(ctx: &Context, now: Instant, waiting: Waiting, reply: Reply
     }
 }
 
-fn copysets_leader(data: &ReplyData) -> Option<PeerId> {
-    match data {
-        ReplyData::Copysets(list) => list.first().map(|copyset| PeerId(copyset.leader)),
+/// Whom to ask instead, as clients write it.
+fn leader_hint(data: &ReplyData) -> Option<String> {
+    match *data {
+        ReplyData::Leader(leader) if leader != 0 => Some(PeerId(leader).to_string()),
         _ => None,
     }
 }
@@ -306,6 +295,7 @@ fn finish_op(
     status: Status,
     reply: Reply,
 ) -> Handled {
+    let redirect = leader_hint(&reply.data);
     let mut data = match reply.data {
         ReplyData::Data(parts) => parts,
         _ => Parts::new(),
@@ -328,6 +318,6 @@ fn finish_op(
         metrics.failed();
     }
     let applied_index = (reply.applied_index > 0).then_some(reply.applied_index);
-    let response = ChunkResponse { status: status.into(), applied_index, ..ChunkResponse::default() };
+    let response = ChunkResponse { status: status.into(), redirect, applied_index, ..ChunkResponse::default() };
     ticket.reply_with(ctx, now, &response, data)
 }

@@ -1,75 +1,217 @@
-//! CliService2 and its forerunner CliService.
+//! CliService2 and its forerunner CliService: who leads a copyset, and changes of its members and leader.
 //!
-//! GetLeader is served: ENOENT for an unknown copyset, EAGAIN ("Unknown leader") for one without leader, both as RPC
-//! errors. Everything that changes membership is answered with EOPNOTSUPP (95) and a text that says so: the request was
-//! understood, the operation does not exist here yet; it is none of the codes brpc retries on, and EPERM or EBUSY would
-//! tell an operator to try another node or later.
+//! Errors are RPC errors, as braft's: ENOENT for a copyset or a replica that is not here, EINVAL for a peer that does
+//! not parse, EPERM from a replica that does not lead, EBUSY while another change runs, ECATCHUP when a new member did
+//! not catch up, EAGAIN for GetLeader without a leader. ResetPeer is answered with EOPNOTSUPP: a configuration forced
+//! on one replica can lose what was answered.
 
 use super::table::Cli as Method;
 use super::{Context, Handled, Pending, Step, Ticket, with};
 use crate::io::Instant;
-use crate::shard::request::{AdminOp, Outcome, Reply, ReplyData, RequestOp};
+use crate::shard::request::{AdminOp, MemberOp, Outcome, Reply, ReplyData, RequestOp};
 use bytes::Bytes;
 use copyset::PeerId;
 use proto::chunkserver as wire;
-use proto::code::errno;
+use proto::code::{self, errno};
 use proto::common::Peer;
 use raftlog::CopysetId;
 
 /// Operation not supported.
 const EOPNOTSUPP: i32 = 95;
+/// braft's: a new member did not catch up.
+const ECATCHUP: i32 = 10003;
 
-/// A GetLeader that waits for its shard.
+/// A call that waits for its shard.
 #[derive(Debug)]
 pub(super) struct Waiting {
     ticket: Ticket,
     copyset: CopysetId,
-    /// Asked through CliService.
-    v1: bool,
+    want: Want,
+}
+
+/// The form of the answer.
+#[derive(Clone, Copy, Debug)]
+enum Want {
+    Leader { v1: bool },
+    Add { v1: bool },
+    Remove { v1: bool },
+    Change,
+    Transfer { v1: bool },
+    Snapshot,
+    SnapshotAll,
 }
 
 pub(super) fn dispatch(ctx: &Context, now: Instant, ticket: Ticket, method: Method, body: Bytes) -> Handled {
-    let leader = |ticket, pool, copyset, v1| {
-        let copyset = CopysetId::new(pool, copyset);
-        let pending = Pending(Step::Cli(Waiting { ticket, copyset, v1 }));
-        Handled::Shard { copyset, op: RequestOp::Admin(AdminOp::CopysetStatus), charge: 0, pending }
-    };
-    // A request that does not parse is EREQUEST, whatever it asks for.
-    macro_rules! refuse {
-        ($request:ty) => {
-            with(ctx, now, ticket, body, |ticket, _: $request| {
-                let text = format!("{method:?} is not supported by this server");
-                ticket.fail(ctx, now, EOPNOTSUPP, &text)
+    macro_rules! serve {
+        ($request:ty, $m:ident => $call:expr) => {
+            with(ctx, now, ticket, body, |ticket, $m: $request| {
+                let call: Call = $call;
+                ask(ctx, now, ticket, CopysetId::new($m.logic_pool_id, $m.copyset_id), call)
             })
         };
     }
+    // A request that does not parse is EREQUEST, whatever it asks for.
+    macro_rules! refuse {
+        ($request:ty, $code:expr) => {
+            with(ctx, now, ticket, body, |ticket, _: $request| {
+                let text = format!("{method:?} is not supported by this server");
+                ticket.fail(ctx, now, $code, &text)
+            })
+        };
+    }
+    let (v1, v2) = (true, false);
     match method {
-        Method::GetLeader => with(ctx, now, ticket, body, |t, m: wire::GetLeaderRequest2| {
-            leader(t, m.logic_pool_id, m.copyset_id, false)
-        }),
-        Method::GetLeaderV1 => {
-            with(ctx, now, ticket, body, |t, m: wire::GetLeaderRequest| leader(t, m.logic_pool_id, m.copyset_id, true))
+        Method::GetLeader => serve!(wire::GetLeaderRequest2, m => Call::leader(v2)),
+        Method::GetLeaderV1 => serve!(wire::GetLeaderRequest, m => Call::leader(v1)),
+        Method::AddPeer => {
+            serve!(wire::AddPeerRequest2, m => Call::one(m.leader.address(), m.add_peer.address(), Want::Add { v1: v2 }, MemberOp::Add))
         }
-        Method::AddPeer => refuse!(wire::AddPeerRequest2),
-        Method::RemovePeer => refuse!(wire::RemovePeerRequest2),
-        Method::ChangePeers => refuse!(wire::ChangePeersRequest2),
-        Method::TransferLeader => refuse!(wire::TransferLeaderRequest2),
-        Method::ResetPeer => refuse!(wire::ResetPeerRequest2),
-        Method::Snapshot => refuse!(wire::SnapshotRequest2),
-        Method::SnapshotAll => refuse!(wire::SnapshotAllRequest),
-        Method::AddPeerV1 => refuse!(wire::AddPeerRequest),
-        Method::RemovePeerV1 => refuse!(wire::RemovePeerRequest),
-        Method::ChangePeersV1 => refuse!(wire::ChangePeersRequest),
-        Method::TransferLeaderV1 => refuse!(wire::TransferLeaderRequest),
-        Method::ResetPeerV1 => refuse!(wire::ResetPeerRequest),
-        Method::SnapshotV1 => refuse!(wire::SnapshotRequest),
+        Method::AddPeerV1 => {
+            serve!(wire::AddPeerRequest, m => Call::one(&m.leader_id, &m.peer_id, Want::Add { v1 }, MemberOp::Add))
+        }
+        Method::RemovePeer => {
+            serve!(wire::RemovePeerRequest2, m => Call::one(m.leader.address(), m.remove_peer.address(), Want::Remove { v1: v2 }, MemberOp::Remove))
+        }
+        Method::RemovePeerV1 => {
+            serve!(wire::RemovePeerRequest, m => Call::one(&m.leader_id, &m.peer_id, Want::Remove { v1 }, MemberOp::Remove))
+        }
+        Method::ChangePeers => {
+            serve!(wire::ChangePeersRequest2, m => Call::set(m.leader.address(), m.new_peers.iter().map(Peer::address)))
+        }
+        Method::TransferLeader => {
+            serve!(wire::TransferLeaderRequest2, m => Call::transfer(m.leader.address(), m.transferee.address(), v2))
+        }
+        Method::TransferLeaderV1 => {
+            serve!(wire::TransferLeaderRequest, m => Call::transfer(&m.leader_id, m.peer_id(), v1))
+        }
+        Method::Snapshot => serve!(wire::SnapshotRequest2, m => {
+            let at = m.peer.as_ref().map(|peer| parse(peer.address()));
+            Call { at: at.unwrap_or(Some(ctx.info().peer)), op: Some(AdminOp::Checkpoint), want: Want::Snapshot }
+        }),
+        Method::SnapshotAll => with(ctx, now, ticket, body, |ticket, _: wire::SnapshotAllRequest| {
+            let waiting = Waiting { ticket, copyset: CopysetId(0), want: Want::SnapshotAll };
+            Handled::AllShards { op: AdminOp::CheckpointAll, pending: Pending(Step::Cli(waiting)) }
+        }),
+        Method::ResetPeer => refuse!(wire::ResetPeerRequest2, EOPNOTSUPP),
+        // As the original, which never had them.
+        Method::ChangePeersV1 => refuse!(wire::ChangePeersRequest, code::ENOMETHOD),
+        Method::ResetPeerV1 => refuse!(wire::ResetPeerRequest, code::ENOMETHOD),
+        Method::SnapshotV1 => refuse!(wire::SnapshotRequest, code::ENOMETHOD),
     }
 }
 
+/// What a request asks for.
+struct Call {
+    /// The replica it is for; `None`: its name does not parse.
+    at: Option<PeerId>,
+    /// `None`: a peer in it does not parse.
+    op: Option<AdminOp>,
+    want: Want,
+}
+
+impl Call {
+    fn leader(v1: bool) -> Self {
+        Self { at: Some(PeerId::NONE), op: Some(AdminOp::CopysetStatus), want: Want::Leader { v1 } }
+    }
+
+    fn one(at: &str, peer: &str, want: Want, op: impl FnOnce(u64) -> MemberOp) -> Self {
+        let op = parse(peer).filter(|peer| !peer.is_none()).map(|peer| AdminOp::Members(op(peer.0)));
+        Self { at: parse(at), op, want }
+    }
+
+    fn set<'a>(at: &str, peers: impl Iterator<Item = &'a str>) -> Self {
+        let peers = peers.map(|peer| parse(peer).filter(|peer| !peer.is_none()).map(|peer| peer.0));
+        let peers: Option<Vec<u64>> = peers.collect();
+        Self { at: parse(at), op: peers.map(|peers| AdminOp::Members(MemberOp::Set(peers))), want: Want::Change }
+    }
+
+    /// No peer, or nobody: whoever is furthest.
+    fn transfer(at: &str, to: &str, v1: bool) -> Self {
+        let to = if to.is_empty() { Some(PeerId::NONE) } else { parse(to) };
+        let op = to.map(|to| AdminOp::Members(MemberOp::Transfer(to.0)));
+        Self { at: parse(at), op, want: Want::Transfer { v1 } }
+    }
+}
+
+fn parse(text: &str) -> Option<PeerId> {
+    text.parse().ok()
+}
+
+fn ask(ctx: &Context, now: Instant, ticket: Ticket, copyset: CopysetId, call: Call) -> Handled {
+    let Call { at: Some(at), op: Some(op), want } = call else {
+        return ticket.fail(ctx, now, errno::EINVAL, "Fail to parse peer id, ip:port:index expected");
+    };
+    if !matches!(want, Want::Leader { .. }) && at != ctx.info().peer {
+        return ticket.fail(ctx, now, errno::ENOENT, &format!("Fail to find node {at} in group {}", copyset.0));
+    }
+    let pending = Pending(Step::Cli(Waiting { ticket, copyset, want }));
+    Handled::Shard { copyset, op: RequestOp::Admin(op), charge: 0, pending }
+}
+
+/// The RPC error of an outcome; `None`: none.
+fn failure(copyset: CopysetId, reply: &Reply) -> Option<(i32, String)> {
+    Some(match reply.outcome {
+        Outcome::Success => return None,
+        Outcome::NoCopyset => (errno::ENOENT, format!("No nodes in group {}", copyset.0)),
+        Outcome::NotLeader => (errno::EPERM, "Not a leader".into()),
+        Outcome::Busy => (errno::EBUSY, "Doing another configuration change".into()),
+        Outcome::Invalid => (errno::EINVAL, "Invalid peers".into()),
+        Outcome::CatchUp => (ECATCHUP, "A new member does not catch up".into()),
+        outcome => (errno::EIO, format!("Not done: {outcome:?}")),
+    })
+}
+
 pub(super) fn resume(ctx: &Context, now: Instant, waiting: Waiting, reply: &Reply) -> Handled {
-    let Waiting { ticket, copyset, v1 } = waiting;
+    let Waiting { ticket, copyset, want } = waiting;
+    if reply.outcome == Outcome::Stopping {
+        return ticket.log_off(ctx, now);
+    }
+    if let Want::Leader { v1 } = want {
+        return leader(ctx, now, ticket, copyset, v1, reply);
+    }
+    if let Some((code, text)) = failure(copyset, reply) {
+        return ticket.fail(ctx, now, code, &text);
+    }
+    let (old, new) = match &reply.data {
+        ReplyData::Members { old, new } => (names(old), names(new)),
+        _ => Default::default(),
+    };
+    let peers = |names: Vec<String>| -> Vec<Peer> { names.into_iter().map(peer).collect() };
+    match want {
+        Want::Add { v1: true } => ticket.reply(ctx, now, &wire::AddPeerResponse { old_peers: old, new_peers: new }),
+        Want::Add { v1: false } => {
+            let (old_peers, new_peers) = (peers(old), peers(new));
+            ticket.reply(ctx, now, &wire::AddPeerResponse2 { old_peers, new_peers })
+        }
+        Want::Remove { v1: true } => {
+            ticket.reply(ctx, now, &wire::RemovePeerResponse { old_peers: old, new_peers: new })
+        }
+        Want::Remove { v1: false } => {
+            let (old_peers, new_peers) = (peers(old), peers(new));
+            ticket.reply(ctx, now, &wire::RemovePeerResponse2 { old_peers, new_peers })
+        }
+        Want::Change => {
+            let (old_peers, new_peers) = (peers(old), peers(new));
+            ticket.reply(ctx, now, &wire::ChangePeersResponse2 { old_peers, new_peers })
+        }
+        Want::Transfer { v1: true } => ticket.reply(ctx, now, &wire::TransferLeaderResponse {}),
+        Want::Transfer { v1: false } => ticket.reply(ctx, now, &wire::TransferLeaderResponse2 {}),
+        Want::Snapshot | Want::Leader { .. } => ticket.reply(ctx, now, &wire::SnapshotResponse2 {}),
+        Want::SnapshotAll => ticket.reply(ctx, now, &wire::SnapshotAllResponse {}),
+    }
+}
+
+/// All shards have made their copysets' state durable, or not.
+pub(super) fn resume_all(ctx: &Context, now: Instant, waiting: Waiting, replies: &[Reply]) -> Handled {
+    let failed = replies.iter().find(|reply| reply.outcome != Outcome::Success);
+    match failed.or(replies.first()) {
+        Some(reply) => resume(ctx, now, waiting, reply),
+        None => waiting.ticket.fail(ctx, now, errno::EIO, "No shard answers"),
+    }
+}
+
+fn leader(ctx: &Context, now: Instant, ticket: Ticket, copyset: CopysetId, v1: bool, reply: &Reply) -> Handled {
     let leader = match (reply.outcome, &reply.data) {
-        (Outcome::Stopping, _) => return ticket.log_off(ctx, now),
         (Outcome::Success, ReplyData::Copysets(list)) => list.first().map(|found| PeerId(found.leader)),
         _ => None,
     };
@@ -77,9 +219,14 @@ pub(super) fn resume(ctx: &Context, now: Instant, waiting: Waiting, reply: &Repl
         None => ticket.fail(ctx, now, errno::ENOENT, &format!("No nodes in group {}", copyset.0)),
         Some(leader) if leader.is_none() => ticket.fail(ctx, now, errno::EAGAIN, "Unknown leader"),
         Some(leader) if v1 => ticket.reply(ctx, now, &wire::GetLeaderResponse { leader_id: leader.to_string() }),
-        Some(leader) => {
-            let leader = Peer { id: None, address: Some(leader.to_string()) };
-            ticket.reply(ctx, now, &wire::GetLeaderResponse2 { leader })
-        }
+        Some(leader) => ticket.reply(ctx, now, &wire::GetLeaderResponse2 { leader: peer(leader.to_string()) }),
     }
+}
+
+fn names(peers: &[u64]) -> Vec<String> {
+    peers.iter().map(|&peer| PeerId(peer).to_string()).collect()
+}
+
+fn peer(address: String) -> Peer {
+    Peer { id: None, address: Some(address) }
 }

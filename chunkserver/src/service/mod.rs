@@ -131,6 +131,11 @@ fn error(ctx: &Context, correlation_id: i64, cost: usize, code: i32, text: &str)
 pub fn handle(ctx: &Context, now: Instant, incoming: Incoming) -> Handled {
     match incoming {
         Incoming::Call(call) => dispatch(ctx, now, call),
+        Incoming::Greeting(greeting) => {
+            ctx.metrics().add(Counter::NonService, 1);
+            let text = "a peer's greeting must be the only call of its connection";
+            Handled::Reply(error(ctx, greeting.correlation_id, greeting.cost, code::EREQUEST, text))
+        }
         Incoming::Reject(reject) => Handled::Reply(refuse(ctx, &reject)),
         Incoming::Http(request) => {
             ctx.metrics().add(Counter::HttpRequests, 1);
@@ -185,6 +190,7 @@ pub fn resume_all(ctx: &Context, now: Instant, pending: Pending, replies: Vec<Re
             ticket.reply_with(ctx, now, &(), Parts::from_iter([Bytes::from(text)]))
         }
         Step::Page(waiting) => pages::resume(ctx, now, *waiting, replies),
+        Step::Cli(waiting) if replies.len() != 1 => cli::resume_all(ctx, now, waiting, &replies),
         step => {
             let reply = replies.into_iter().next();
             resume(ctx, now, Pending(step), reply.expect("every shard answers"))

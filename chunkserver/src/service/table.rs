@@ -166,6 +166,9 @@ pub fn route(service: &[u8], method: &[u8]) -> Route {
             return Route::Method { id: MethodId(index as u16), payload };
         }
     }
+    if service == proto::peer::SERVICE.as_bytes() && method == proto::peer::HELLO.as_bytes() {
+        return Route::Peer;
+    }
     Route::Unknown(if known || dotted { code::ENOMETHOD } else { code::ENOSERVICE })
 }
 

@@ -33,6 +33,13 @@ impl Shard {
                 let all = self.groups.keys().chain(&self.broken).filter_map(|&id| self.copyset_status(id)).collect();
                 answer(out, origin, ReplyData::Copysets(all));
             }
+            AdminOp::Members(op) => self.change_members(id, op, origin, out),
+            AdminOp::Checkpoint if !self.groups.contains_key(&id) => reply(out, origin, Outcome::NoCopyset),
+            AdminOp::Checkpoint => self.want_checkpoints(&[id], origin, out),
+            AdminOp::CheckpointAll => {
+                let ids: Vec<CopysetId> = self.groups.keys().copied().collect();
+                self.want_checkpoints(&ids, origin, out);
+            }
             AdminOp::ShardStatus => answer(out, origin, ReplyData::Shard(Box::new(self.status()))),
         }
     }
@@ -57,7 +64,19 @@ impl Shard {
         }
         let broken = self.broken.iter().position(|&b| b == id);
         match self.groups.remove(&id) {
-            Some(group) => {
+            Some(mut group) => {
+                self.unfollow(&mut group);
+                self.stop_catch_up(id);
+                self.stop_install(id);
+                self.peers.forget(id);
+                let parked: Vec<usize> =
+                    self.parked.iter().filter(|(_, r)| r.copyset == id).map(|(key, _)| key).collect();
+                for key in parked {
+                    reply(out, self.parked.remove(key).origin, Outcome::NoCopyset);
+                }
+                for origin in self.members.give_up(Some(id)) {
+                    reply(out, origin, Outcome::NoCopyset);
+                }
                 // What was proposed and not yet applied will never be answered otherwise.
                 let cookies: Vec<u64> = group.raft.waiting_cookies().collect();
                 for cookie in cookies.into_iter().chain(group.queue.iter().filter_map(|c| c.cookie)) {

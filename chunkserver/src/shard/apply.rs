@@ -50,6 +50,7 @@ impl Shard {
                 worked = true;
                 group.raft.applied(group.applied);
                 self.log.borrow_mut().evict(id, group.applied);
+                self.tail_applied(id);
                 self.mark_dirty(id);
             }
         }
@@ -72,6 +73,7 @@ impl Shard {
         }
         let group = self.groups.get_mut(&id)?;
         let committed = group.queue.pop_front()?;
+        self.stop_install(id); // the log goes on after all
         let (index, cookie) = (committed.index, committed.cookie);
         if let Err(failure) = self.apply(id, committed) {
             return Some(Step::Failed(failure));

@@ -118,6 +118,12 @@ impl Shard {
             in_flight_bytes: 0,
             proposed_cost: 0,
             admin: Vec::new(),
+            peers: super::peers::Peers::default(),
+            catch_up: super::catchup::CatchUp::default(),
+            installs: super::install::Installs::default(),
+            supply: super::supply::Supply::default(),
+            members: super::members::Members::default(),
+            parked: Slab::new(),
             flush: flush::Flush::new(now),
             pace: super::pace::Pace::new(),
             state: State::Boot(Boot::Sync),
@@ -291,7 +297,11 @@ impl Shard {
         for &id in &ids {
             let last = self.log.borrow().index(id).map_or(0, Index::last_index);
             match self.start_copyset(id) {
-                Ok(()) => self.replaying.push((id, last)),
+                // What others must agree to first is not waited for: nothing of it is outside the log (rule 10).
+                Ok(()) => {
+                    let target = self.groups.get(&id).filter(|g| g.raft.needs_ticks()).map(|g| g.raft.commit_index());
+                    self.replaying.push((id, target.unwrap_or(last)));
+                }
                 // The log lost what it needs. The others go on; it answers CRC_FAIL until it is deleted (rule 21).
                 Err(failure) => {
                     tracing::error!("{failure}; this copyset is out of service");
@@ -310,12 +320,14 @@ impl Shard {
             return;
         }
         let groups = &self.groups;
-        let open = |id: &CopysetId, last: u64| {
-            groups.get(id).is_some_and(|g| !g.damaged && g.applied < last && !g.raft.needs_ticks())
-        };
+        let open = |id: &CopysetId, last: u64| groups.get(id).is_some_and(|g| !g.damaged && g.applied < last);
         self.replaying.retain(|(id, last)| open(id, *last));
         if self.replaying.is_empty() {
             self.replay_over = true;
+            let ids = self.log.borrow().copysets();
+            for id in ids {
+                self.follow_log(id); // before others may take the slots that the log's tail had
+            }
             self.replay = Replay::default();
             self.store.replay_done();
             tracing::info!(shard = self.config.shard, copysets = self.groups.len(), "replay is over");
@@ -348,6 +360,7 @@ impl Shard {
             dirty: false,
             unpersisted: false,
             applying: false,
+            follow: super::follow::Follow::default(),
             damaged: self.lost.contains(&id),
         };
         self.groups.insert(id, group);

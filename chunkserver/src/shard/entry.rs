@@ -4,6 +4,7 @@
 //! length u32, chunk u64, sn u64` = 28 bytes. Empty = the own-term entry of a new leader. Documented in
 //! docs/formats.md; a version this code does not know stops the replica (rule D2: replay refuses what it does not know).
 
+use crate::chunk::Change;
 use crate::shard::request::ChunkOp;
 
 /// Length of an encoded header, bytes.
@@ -58,6 +59,25 @@ impl Header {
             ChunkOp::Zero { offset, len } => Self { kind: Kind::Zero, offset, len, chunk, sn: 0 },
             ChunkOp::Read { .. } | ChunkOp::Info | ChunkOp::Hash { .. } => return None,
         })
+    }
+
+    /// What it does to the chunk, as far as admission goes.
+    #[must_use]
+    pub fn change(&self) -> Change {
+        match self.kind {
+            Kind::Write => Change::Write(self.sn),
+            Kind::Delete => Change::Delete,
+            Kind::Zero => Change::Nothing,
+        }
+    }
+
+    /// Whether an entry with a payload so long can be applied.
+    #[must_use]
+    pub fn fits(&self, payload_len: usize) -> bool {
+        match self.kind {
+            Kind::Write => payload_len > 0 && payload_len == self.len as usize,
+            Kind::Delete | Kind::Zero => payload_len == 0,
+        }
     }
 
     /// To bytes.

@@ -3,10 +3,10 @@
 //! A round: commits durable (rule 10) -> chunk data -> sync -> CRC, bitmap and metadata pages -> sync -> checkpoints
 //! durable -> slots reusable, segments free (rule 11). One round at a time.
 
-use super::{DISK, Effects, Shard, State, Task};
+use super::{DISK, Effects, Group, Shard, State, Task};
 use crate::chunk::RoundIo;
 use crate::io::{Instant, Op};
-use raftlog::{CopysetId, Index, Log, Seq};
+use raftlog::{BLOCK, CopysetId, Log, Seq};
 
 /// Device writes of a round in flight, with room for new writes and without.
 const DEPTH_MIN: usize = 8;
@@ -17,6 +17,8 @@ const IDLE_PART: u64 = 10;
 /// Longest tail of entries, and their payload, that is logged again to free a segment.
 const RELOG_ENTRIES_MAX: u64 = 16;
 const RELOG_BYTES_MAX: usize = 64 << 10;
+/// What an entry takes in a log header, checksums included, rounded up.
+const RELOG_ENTRY_BYTES: u64 = 256;
 
 /// Checkpoints written, awaited: (batch, copyset, applied index).
 type Checkpoints = Vec<(Seq, CopysetId, u64)>;
@@ -58,6 +60,9 @@ impl Shard {
 
     /// Move the round on as far as it goes.
     pub(super) fn flush_step(&mut self, out: &mut Effects) {
+        if self.checkpoints_wanted() && matches!(self.flush.phase, Phase::Idle) {
+            self.checkpoints_durable(out); // an earlier round may have made them
+        }
         loop {
             let moved = match &self.flush.phase {
                 Phase::Idle => self.round_start(),
@@ -69,7 +74,7 @@ impl Shard {
                     durable
                 }
                 Phase::Device => self.round_io(out),
-                Phase::Checkpoints(_) => self.round_end(),
+                Phase::Checkpoints(_) => self.round_end(out),
             };
             if !moved {
                 return;
@@ -81,7 +86,7 @@ impl Shard {
     fn round_due(&mut self) -> bool {
         let dirty = self.store.pinned_bytes() as usize;
         let log = self.log.borrow();
-        if log.used_bytes() * 2 >= log.capacity_bytes() || !self.deferred.is_empty() {
+        if log.used_bytes() * 2 >= log.capacity_bytes() || self.writes_wait() || self.checkpoints_wanted() {
             return true;
         }
         let Some(oldest) = self.store.oldest_dirty_ns() else {
@@ -157,6 +162,7 @@ impl Shard {
         let mut written = Checkpoints::new();
         for (id, index) in done {
             let known = self.log.borrow().index(id).map(|i| i.checkpoint().applied_index);
+            let index = self.checkpoint_index(id, index);
             let newer = known.is_some_and(|known| index > known);
             // The copyset looks into the log itself: no borrow of it may be held.
             if let Some(group) = self.groups.get(&id).filter(|_| newer) {
@@ -182,17 +188,17 @@ impl Shard {
     /// Rule 8: copysets that say nothing new must not pin the oldest segment when space is short.
     fn release_oldest(&self, written: &mut Checkpoints) {
         let mut log = self.log.borrow_mut();
-        if log.used_bytes() * 2 < log.capacity_bytes() && self.deferred.is_empty() {
+        if log.used_bytes() * 2 < log.capacity_bytes() && !self.writes_wait() {
             return;
         }
         for id in log.pinning() {
-            if !written.iter().any(|w| w.1 == id) && !self.broken.contains(&id) && can_relog(&log, id) {
+            if !written.iter().any(|w| w.1 == id) && !self.broken.contains(&id) && self.can_relog(&log, id) {
                 written.push((log.relog(id), id, 0));
             }
         }
     }
 
-    fn round_end(&mut self) -> bool {
+    fn round_end(&mut self, out: &mut Effects) -> bool {
         let Phase::Checkpoints(written) = &mut self.flush.phase else { return false };
         let mut log = self.log.borrow_mut();
         if written.iter().any(|w| w.0 > log.durable_seq()) {
@@ -203,19 +209,39 @@ impl Shard {
             self.store.checkpoint_durable(id, index);
         }
         log.free_segments();
+        drop(log);
         self.flush.phase = Phase::Idle;
+        self.checkpoints_durable(out);
         true
     }
-}
 
-/// A tail that is short, and in memory. One that is on its way to be applied is covered by the next round's checkpoint;
-/// to log it again would take the very space that is short. (Applied entries are not in memory any more.)
-fn can_relog(log: &Log, id: CopysetId) -> bool {
-    let short = |i: &Index| i.last_index() + 1 - i.first_index() <= RELOG_ENTRIES_MAX;
-    log.index(id).is_some_and(|i| {
-        let lens = i.first_index()..=i.last_index();
-        short(i)
-            && lens.filter_map(|n| i.payload_len(n)).sum::<usize>() <= RELOG_BYTES_MAX
-            && i.not_resident().is_empty()
-    })
+    /// How far a copyset's log may be forgotten when all up to `done` is on the slots. While there is room, entries are
+    /// kept for replicas that lag: to send them is cheaper than to send chunks.
+    fn checkpoint_index(&self, id: CopysetId, done: u64) -> u64 {
+        let several = self.groups.get(&id).is_some_and(|group| group.raft.needs_ticks());
+        if !several || self.members.wants_checkpoint(id) || self.is_short() {
+            return done;
+        }
+        0
+    }
+
+    /// Log space, or slots that only a checkpoint sets free, are scarce.
+    fn is_short(&self) -> bool {
+        let log = self.log.borrow();
+        let slots = self.store.spare_slots() == 0 && self.extents.free_slots() == 0;
+        log.used_bytes() * 2 >= log.capacity_bytes() || self.writes_wait() || slots
+    }
+
+    /// A tail that is in memory, and short or stuck: without a quorum nothing of it is on its way to be applied. One that
+    /// is on its way is covered by the next round's checkpoint; to log it again would take the very space that is short.
+    fn can_relog(&self, log: &Log, id: CopysetId) -> bool {
+        let Some(index) = log.index(id).filter(|index| index.not_resident().is_empty()) else { return false };
+        let entries = index.last_index() + 1 - index.first_index();
+        let bytes = (index.first_index()..=index.last_index()).filter_map(|n| index.payload_len(n)).sum::<usize>();
+        let stuck = |group: &Group| {
+            let applied = group.raft.commit_index() == group.applied && index.first_index() == group.applied + 1;
+            applied && (bytes + BLOCK) as u64 + entries * RELOG_ENTRY_BYTES <= log.space_for_entries()
+        };
+        entries <= RELOG_ENTRIES_MAX && bytes <= RELOG_BYTES_MAX || self.groups.get(&id).is_some_and(stuck)
+    }
 }

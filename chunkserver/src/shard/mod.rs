@@ -7,13 +7,23 @@
 mod admin;
 mod apply;
 mod boot;
+mod bulk;
+mod catchup;
+mod effects;
 pub mod entry;
 mod flush;
+mod follow;
+mod install;
+mod lease;
+pub mod mail;
+mod members;
 mod pace;
+mod peers;
 mod propose;
 mod read;
 mod replay;
 pub mod request;
+mod supply;
 #[cfg(test)]
 mod tests;
 
@@ -79,6 +89,8 @@ pub struct Effects {
     pub ops: Vec<(u64, Op)>,
     /// Answers.
     pub replies: Vec<Reply>,
+    /// To other replicas, in order per peer.
+    pub mail: Vec<mail::PeerMail>,
 }
 
 /// Why a shard ended.
@@ -118,6 +130,7 @@ struct Group {
     dirty: bool,
     unpersisted: bool,
     applying: bool,
+    follow: follow::Follow,
     /// An entry of the log is lost to rot and there is no peer to fetch it from.
     damaged: bool,
 }
@@ -130,14 +143,9 @@ enum Task {
     Window(u64),
     LogWrite(WriteId),
     Round(chunk::IoId),
-    Read {
-        job: usize,
-        piece: usize,
-    },
-    Fetch {
-        copyset: CopysetId,
-        index: u64,
-    },
+    Read { job: usize, piece: usize },
+    Fetch { copyset: CopysetId, index: u64 },
+    CatchUp { copyset: CopysetId, index: u64, term: u64 },
 }
 
 /// A proposal whose outcome is awaited.
@@ -186,6 +194,13 @@ pub struct Shard {
     /// Log space of proposals that raft has not handed to the log yet.
     proposed_cost: u64,
     admin: Vec<admin::Pending>,
+    peers: peers::Peers,
+    catch_up: catchup::CatchUp,
+    installs: install::Installs,
+    supply: supply::Supply,
+    members: members::Members,
+    /// Reads that wait for a quorum's word that this replica still leads.
+    parked: Slab<Request>,
     flush: flush::Flush,
     pace: pace::Pace,
     state: State,
@@ -252,13 +267,22 @@ impl Shard {
             (Task::Read { job, piece }, Done::Read { buf, result }) => self.read_done(job, piece, buf, result, out),
             (Task::Window(at), Done::Read { buf, result }) => self.replay.arrived(at, result.is_ok().then_some(buf)),
             (Task::Fetch { copyset, index }, Done::Read { buf, result }) => self.fetched(copyset, index, buf, result),
+            (Task::CatchUp { copyset, index, term }, Done::Read { buf, result }) => {
+                self.read_back_done(copyset, (index, term), buf, result);
+            }
             (_, done) => unreachable!("a disk operation came back as {done:?}"),
         }
+        self.supply_step(out);
+    }
+
+    /// What time it is. To be called after a turn's input was received and before it is handed in: a lease counts by it.
+    pub fn observe(&mut self, now: Instant) {
+        self.now = self.now.max(now);
     }
 
     /// Do what this turn's events made possible: raft, log writes, write-back, waiting reads.
     pub fn end_turn(&mut self, now: Instant, out: &mut Effects) {
-        self.now = now;
+        self.observe(now);
         match self.state {
             State::Failed(_) | State::Stopped => return self.refuse_all(Outcome::DiskFail, out),
             State::Boot(_) => {
@@ -282,7 +306,7 @@ impl Shard {
             self.work(out);
             self.flush_step(out);
             // A round that ended may have made the room that the first deferred write waits for.
-            if !self.may_admit() {
+            if !self.may_admit() && !self.may_take() {
                 break;
             }
         }
@@ -293,14 +317,18 @@ impl Shard {
             self.seal_at = Instant::FAR;
         }
         self.write_log(out);
+        self.catch_up_step(out);
+        self.install_step(out);
         self.start_waiting_reads(out);
         self.replay_step();
+        self.supply_step(out);
         self.drain_step(out);
         self.publish();
     }
 
     fn work(&mut self, out: &mut Effects) {
         loop {
+            self.retry_held();
             self.admit_deferred(out);
             self.admin_step(out);
             let worked = self.raft_ready(out) | self.apply_ready(out);
@@ -322,6 +350,7 @@ impl Shard {
                     Instant::FAR
                 };
                 self.flush_deadline()
+                    .min(self.install_deadline())
                     .min(self.log_write_deadline())
                     .min(self.next_tick)
                     .min(self.seal_at)
@@ -367,6 +396,7 @@ impl Shard {
         match self.state {
             State::Serving => {
                 self.state = State::Draining { sealed: None, until: self.now.after_ms(DRAIN_MS) };
+                self.hand_over();
             }
             State::Boot(_) => self.state = State::Stopped,
             _ => {}
@@ -396,7 +426,7 @@ impl Shard {
         let State::Draining { sealed, .. } = &mut self.state else { return };
         let mut log = self.log.borrow_mut();
         match *sealed {
-            None if self.waiting.is_empty() && self.reads.is_empty() => {
+            None if self.waiting.is_empty() && self.reads.is_empty() && self.parked.is_empty() => {
                 *sealed = Some(log.seal().unwrap_or_else(|| log.durable_seq()));
             }
             Some(seq) if log.durable_seq() >= seq => self.state = State::Stopped,
@@ -422,9 +452,12 @@ impl Shard {
         for job in std::mem::take(&mut self.reads).into_iter().map(|(_, job)| job.origin) {
             reply(out, job, outcome);
         }
-        for pending in std::mem::take(&mut self.admin) {
-            reply(out, pending.origin, outcome);
+        let parked = std::mem::take(&mut self.parked).into_iter().map(|(_, request)| request.origin);
+        let admin = std::mem::take(&mut self.admin).into_iter().map(|pending| pending.origin);
+        for origin in parked.chain(admin).chain(self.members.give_up(None)) {
+            reply(out, origin, outcome);
         }
+        self.stop_supply(out);
         self.in_flight_bytes = 0;
         self.read_queue.clear();
     }
@@ -441,27 +474,9 @@ impl Shard {
         }
     }
 
-    /// Raft time. Sole voters need none.
-    fn tick(&mut self) {
-        if self.now < self.next_tick {
-            return;
-        }
-        let several: Vec<CopysetId> =
-            self.groups.iter().filter(|(_, g)| g.raft.needs_ticks()).map(|(&id, _)| id).collect();
-        self.next_tick =
-            if several.is_empty() { Instant::FAR } else { self.now.after_ms(self.config.election_ms / 10) };
-        for id in several {
-            if let Some(group) = self.groups.get_mut(&id) {
-                group.raft.tick(self.now.0);
-            }
-            self.mark_dirty(id);
-        }
-    }
-
     /// Collect what raft wants done; true if there was anything.
     fn raft_ready(&mut self, out: &mut Effects) -> bool {
         let mut dirty = std::mem::replace(&mut self.dirty, std::mem::take(&mut self.spare));
-        self.proposed_cost = 0;
         let worked = !dirty.is_empty();
         for id in dirty.drain(..) {
             let Some(group) = self.groups.get_mut(&id) else { continue };
@@ -475,28 +490,11 @@ impl Shard {
                 self.raft_effect(id, effect, out);
             }
             self.effects = effects;
+            self.after_ready(id);
         }
         self.spare = dirty;
+        self.all_ready();
         worked
-    }
-
-    fn raft_effect(&mut self, id: CopysetId, effect: Effect, out: &mut Effects) {
-        match effect {
-            Effect::Apply(committed) => {
-                let Some(group) = self.groups.get_mut(&id) else { return };
-                group.queue.push_back(committed);
-                if !std::mem::replace(&mut group.applying, true) {
-                    self.applying.push(id);
-                }
-            }
-            Effect::Dropped { cookie, may_commit } => self.dropped(id, cookie, may_commit, out),
-            Effect::LeaderChanged { ready: false, .. } => self.store.reset_proposed(id),
-            // Peers are a later step; a sole voter has nobody to send to.
-            Effect::LeaderChanged { .. } | Effect::Send(_) => {}
-            Effect::ReadReady { .. } | Effect::ReadDropped { .. } | Effect::ChangeDone { .. } => {}
-            Effect::Fetch { .. } | Effect::SnapshotNeeded { .. } => {}
-            Effect::SnapshotOffered { .. } | Effect::Installed { .. } => {}
-        }
     }
 
     /// Start as many log writes as may be in flight.

@@ -1,7 +1,7 @@
 //! From request to raft proposal: the only place where an operation can be refused (rules 13, 14).
 
 use super::entry::Header;
-use super::request::{BlockCrcs, ChunkOp, Outcome, Reply, ReplyData, Request, RequestOp};
+use super::request::{BlockCrcs, ChunkOp, Origin, Outcome, Reply, ReplyData, Request, RequestOp};
 use super::{Effects, Shard, State, Waiting, reply};
 use bytes::Bytes;
 use copyset::ProposeError;
@@ -18,20 +18,20 @@ impl Shard {
             return reply(out, request.origin, Outcome::CrcFail);
         }
         // A checksum may be asked of any replica; everything else only of a leader that has caught up with itself.
-        if !group.raft.is_leader_ready() && !matches!(op, ChunkOp::Hash { .. }) {
-            return reply(out, request.origin, Outcome::NotLeader);
+        if !group.raft.may_read_index() && !matches!(op, ChunkOp::Hash { .. }) {
+            return self.redirect(request.copyset, request.origin, out);
         }
         match *op {
-            ChunkOp::Read { offset, len } => self.read(request.origin, request.copyset, chunk, offset, len, out),
-            ChunkOp::Hash { offset, len } => self.hash(request.origin, request.copyset, chunk, offset, len, out),
-            ChunkOp::Info => {
-                let versions = self.store.info(request.copyset, chunk).unwrap_or_default();
-                let applied_index = group.applied;
-                let data = ReplyData::Versions(versions);
-                out.replies.push(Reply { origin: request.origin, outcome: Outcome::Success, applied_index, data });
+            ChunkOp::Read { .. } | ChunkOp::Info => {
+                if let Some(request) = self.may_read(request, out) {
+                    self.read_now(&request, out);
+                }
             }
+            ChunkOp::Hash { offset, len } => self.hash(request.origin, request.copyset, chunk, offset, len, out),
             ChunkOp::Write { .. } | ChunkOp::Delete { .. } | ChunkOp::Zero { .. } => {
-                if !self.deferred.is_empty() || !self.has_room(op) {
+                if !group.raft.is_leader_ready() {
+                    self.redirect(request.copyset, request.origin, out);
+                } else if self.writes_wait() || !self.has_room(op) {
                     self.deferred.push_back(request);
                 } else {
                     self.propose(request, out);
@@ -65,7 +65,7 @@ impl Shard {
             let Some(request) = self.deferred.pop_front() else { return };
             match self.groups.get(&request.copyset) {
                 None => reply(out, request.origin, Outcome::NoCopyset),
-                Some(group) if !group.raft.is_leader_ready() => reply(out, request.origin, Outcome::NotLeader),
+                Some(group) if !group.raft.is_leader_ready() => self.redirect(request.copyset, request.origin, out),
                 Some(_) => self.propose(request, out),
             }
         }
@@ -110,11 +110,25 @@ impl Shard {
     ///
     /// If the log may hold it a later leader may commit it: what was reserved for it stays (rule 13).
     pub(super) fn dropped(&mut self, id: CopysetId, cookie: u64, may_commit: bool, out: &mut Effects) {
+        let answered = out.replies.len();
         if may_commit {
             self.settle(cookie, Outcome::NotLeader, 0, out);
         } else {
             self.withdraw(id, cookie, Outcome::NotLeader, out);
         }
+        if let Some(reply) = out.replies.get_mut(answered) {
+            reply.data = ReplyData::Leader(self.leader_of(id));
+        }
+    }
+
+    /// Another replica is to be asked.
+    pub(super) fn redirect(&self, id: CopysetId, origin: Origin, out: &mut Effects) {
+        let data = ReplyData::Leader(self.leader_of(id));
+        out.replies.push(Reply { origin, outcome: Outcome::NotLeader, applied_index: 0, data });
+    }
+
+    fn leader_of(&self, id: CopysetId) -> u64 {
+        self.groups.get(&id).map_or(0, |group| group.raft.leader())
     }
 
     /// It never reached the log: give back what was reserved for it.

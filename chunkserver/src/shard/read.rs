@@ -57,6 +57,13 @@ impl Shard {
         }
     }
 
+    pub(super) fn info(&self, origin: Origin, id: CopysetId, chunk: u64, out: &mut Effects) {
+        let versions = self.store.info(id, chunk).unwrap_or_default();
+        let applied_index = self.groups.get(&id).map_or(0, |g| g.applied);
+        let data = ReplyData::Versions(versions);
+        out.replies.push(Reply { origin, outcome: Outcome::Success, applied_index, data });
+    }
+
     pub(super) fn hash(&mut self, origin: Origin, id: CopysetId, chunk: u64, offset: u32, len: u32, out: &mut Effects) {
         let digest = crc_fast::Digest::new(crc_fast::CrcAlgorithm::Crc32Iscsi);
         let hash = Hash { digest, end: offset.saturating_add(len) };

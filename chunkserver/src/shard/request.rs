@@ -78,6 +78,25 @@ pub enum AdminOp {
     DeleteCopyset,
     /// Counters that only the shard knows (pool, log, dirty data).
     ShardStatus,
+    /// Change who is in a copyset, or who leads it; asked of the leader.
+    Members(MemberOp),
+    /// Make the copyset's applied state durable outside the log.
+    Checkpoint,
+    /// The same for all copysets of this shard.
+    CheckpointAll,
+}
+
+/// A change of a copyset's members or leader. Peers as [`copyset::PeerId`] packs them.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum MemberOp {
+    /// One voter more.
+    Add(u64),
+    /// One less.
+    Remove(u64),
+    /// These voters, whoever they were before.
+    Set(Vec<u64>),
+    /// Hand leadership over; 0 = to whoever is furthest. Answered when it has begun.
+    Transfer(u64),
 }
 
 /// An operation.
@@ -132,6 +151,10 @@ pub enum Outcome {
     Backward,
     /// It exists already.
     Exists,
+    /// Another change of members or leader is under way.
+    Busy,
+    /// A new member did not catch up.
+    CatchUp,
     /// The shard is shutting down or its disk is gone.
     Stopping,
 }
@@ -210,6 +233,15 @@ pub enum ReplyData {
     Copysets(Vec<CopysetStatus>),
     /// Shard state.
     Shard(Box<ShardStatus>),
+    /// Who leads, with [`Outcome::NotLeader`]; 0 if unknown.
+    Leader(u64),
+    /// Voters before and after a change.
+    Members {
+        /// Before.
+        old: Vec<u64>,
+        /// After.
+        new: Vec<u64>,
+    },
 }
 
 /// Answer to a [`Request`]; every request gets exactly one.

@@ -14,6 +14,7 @@ mod heap;
 mod log;
 mod mutate;
 mod nbd;
+mod peer;
 mod rpc;
 mod samples;
 mod text;
@@ -53,6 +54,8 @@ targets! {
     nbd_options: nbd::Options::new(), smoke 20_000, every 4096, heap MIB, weight 3;
     nbd_requests: nbd::Requests::new(), smoke 20_000, every 4096, heap MIB, weight 3;
     nbd_session: nbd::Sessions::new(), smoke 1_000, every 512, heap 8 * MIB, weight 4;
+    peer_messages: peer::Messages::new(), smoke 20_000, every 4096, heap MIB, weight 3;
+    peer_streams: peer::Streams::new(), smoke 2_000, every 512, heap 2 * MIB, weight 4;
     log: log::Recoveries::new(), smoke 1_000, every 512, heap 4 * MIB, weight 6;
     metadata: disk::Loads::new(), smoke 1_000, every 512, heap 4 * MIB, weight 6;
     superblock: disk::Superblocks::new(), smoke 10_000, every 4096, heap MIB, weight 2;

@@ -42,6 +42,16 @@ pub(crate) fn golden() -> Vec<(bool, String, Vec<u8>)> {
     all
 }
 
+/// What chunkservers of ours say to each other: kind and frame.
+pub(crate) fn peers() -> Vec<(String, Vec<u8>)> {
+    let text = std::fs::read_to_string(proto_tests().join("golden").join("peer.txt")).unwrap();
+    let line = |line: &str| {
+        let columns: Vec<&str> = line.split('\t').collect();
+        (columns[0].to_owned(), unhex(columns[2]))
+    };
+    text.lines().map(line).collect()
+}
+
 /// A frame's meta and what follows it.
 pub(crate) fn split(frame: &[u8]) -> (Vec<u8>, Vec<u8>) {
     let meta = u32::from_be_bytes(frame[8..12].try_into().unwrap()) as usize;

@@ -7,7 +7,7 @@ use chunkserver::metrics::ProcessStats;
 use chunkserver::rpc::{Connection, Incoming, Options, Out, Progress};
 use chunkserver::service::{Context, Handled, Info, Pending, Shared, handle, resume, resume_all, route};
 use chunkserver::shard::request::{
-    AdminOp, ChunkOp, CopysetStatus, Origin, Outcome, Reply, ReplyData, RequestOp, ShardStatus,
+    AdminOp, ChunkOp, CopysetStatus, MemberOp, Origin, Outcome, Reply, ReplyData, RequestOp, ShardStatus,
 };
 use copyset::PeerId;
 use raftlog::CopysetId;
@@ -100,7 +100,7 @@ impl Node {
             RequestOp::Chunk { chunk, op } => match self.copysets.get_mut(&copyset) {
                 None => (Outcome::NoCopyset, ReplyData::None),
                 Some(status) if status.state != 1 && !matches!(op, ChunkOp::Hash { .. }) => {
-                    (Outcome::NotLeader, ReplyData::None)
+                    (Outcome::NotLeader, ReplyData::Leader(status.leader))
                 }
                 Some(status) => {
                     status.applied += 1;
@@ -123,6 +123,8 @@ impl Node {
             },
             AdminOp::ListCopysets => (Outcome::Success, ReplyData::Copysets(self.copysets.values().cloned().collect())),
             AdminOp::DeleteCopyset => (Outcome::Failed, ReplyData::None),
+            AdminOp::Members(op) => self.members(copyset, op),
+            AdminOp::Checkpoint | AdminOp::CheckpointAll => (Outcome::Success, ReplyData::None),
             AdminOp::ShardStatus => {
                 let status = ShardStatus {
                     leaders: 1,
@@ -133,6 +135,22 @@ impl Node {
                 (Outcome::Success, ReplyData::Shard(Box::new(status)))
             }
         }
+    }
+
+    /// A leader does as it is told; a transfer is always in its way.
+    fn members(&mut self, copyset: CopysetId, op: MemberOp) -> (Outcome, ReplyData) {
+        let Some(status) = self.copysets.get_mut(&copyset) else { return (Outcome::NoCopyset, ReplyData::None) };
+        if status.state != 1 {
+            return (Outcome::NotLeader, ReplyData::Leader(status.leader));
+        }
+        let old = status.peers.clone();
+        match op {
+            MemberOp::Add(peer) => status.peers.push(peer),
+            MemberOp::Remove(peer) => status.peers.retain(|&p| p != peer),
+            MemberOp::Set(peers) => status.peers = peers,
+            MemberOp::Transfer(_) => return (Outcome::Busy, ReplyData::None),
+        }
+        (Outcome::Success, ReplyData::Members { old, new: status.peers.clone() })
     }
 
     fn chunk(&mut self, copyset: CopysetId, id: u64, op: ChunkOp) -> (Outcome, ReplyData) {

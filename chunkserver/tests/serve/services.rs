@@ -125,7 +125,7 @@ fn every_outcome_has_its_status() {
 }
 
 #[test]
-fn a_follower_names_the_leader_in_chunk_info_only() {
+fn a_follower_names_the_leader() {
     let mut node = Node::new(8400, 8402);
     let entry = Message::default().int(1, 1).int(2, 701).bytes(3, &Message::default().bytes(3, b"127.0.0.1:8400:0").0);
     let create = request(COPYSET, "CreateCopysetNode2", 1, &Message::default().bytes(1, &entry.0), &[]);
@@ -134,7 +134,7 @@ fn a_follower_names_the_leader_in_chunk_info_only() {
     assert_eq!(info.status(), 1);
     assert_eq!(info.message[&2], [Value::Bytes(b"127.0.0.1:8402:0".to_vec())]);
     let read = chunk_call(&mut node, "ReadChunk", &chunk(1, 9, 0, 4096, 0), &[]);
-    assert_eq!((read.status(), read.message.get(&2)), (1, None));
+    assert_eq!((read.status(), &read.message[&2]), (1, &vec![Value::Bytes(b"127.0.0.1:8402:0".to_vec())]));
     // What does not exist yet is refused in the original's order: leader before FAILURE_UNKNOWN.
     let recover = chunk_call(&mut node, "RecoverChunk", &chunk(6, 9, 0, 4096, 0), &[]);
     assert_eq!(recover.status(), 1);
@@ -180,8 +180,43 @@ fn get_leader_fails_as_an_rpc() {
     node.copysets.get_mut(&CopysetId::new(1, 701)).unwrap().leader = peer(8402);
     let v1 = request("CliService", "get_leader", 1, &Message::default().int(1, 1).int(2, 701), &[]);
     assert_eq!(call(&mut node, &v1).message[&1], [Value::Bytes(b"127.0.0.1:8402:0".to_vec())]);
-    let all = request("CliService2", "SnapshotAll", 1, &Message::default(), &[]);
-    assert_eq!(call(&mut node, &all).error_code, 95);
+}
+
+#[test]
+fn members_are_changed_as_curve_s_tools_do() {
+    let mut node = Node::with_copyset();
+    let peer = |port: u16| Message::default().bytes(3, format!("127.0.0.1:{port}:0").as_bytes()).0;
+    let group = |id: u64| Message::default().int(1, 1).int(2, id);
+    let ask = |method: &str, message: &Message| request("curve.chunkserver.CliService2", method, 1, message, &[]);
+    let leader = |id| group(id).bytes(3, &peer(8402));
+    // The answer: members before and after.
+    let added = call(&mut node, &ask("AddPeer", &leader(701).bytes(4, &peer(8403))));
+    assert_eq!((added.error_code, added.message[&1].len(), added.message[&2].len()), (0, 1, 2));
+    assert_eq!(added.message[&2][1], Value::Bytes(peer(8403)));
+    let removed = call(&mut node, &ask("RemovePeer", &leader(701).bytes(4, &peer(8403))));
+    assert_eq!((removed.message[&1].len(), removed.message[&2].len()), (2, 1));
+    let changed = call(&mut node, &ask("ChangePeers", &leader(701).bytes(4, &peer(8402)).bytes(4, &peer(8404))));
+    assert_eq!((changed.message[&1].len(), changed.message[&2].len()), (1, 2));
+    // Errors are RPC errors: busy, not here, unparsable, another node's, unknown.
+    assert_eq!(call(&mut node, &ask("TransferLeader", &leader(701).bytes(4, &peer(8404)))).error_code, 16);
+    assert_eq!(call(&mut node, &ask("AddPeer", &leader(9).bytes(4, &peer(8403)))).error_code, 2);
+    let elsewhere = group(701).bytes(3, &peer(8499)).bytes(4, &peer(8403));
+    assert_eq!(call(&mut node, &ask("AddPeer", &elsewhere)).error_code, 2);
+    let nonsense = Message::default().bytes(3, b"nonsense").0;
+    assert_eq!(call(&mut node, &ask("AddPeer", &leader(701).bytes(4, &nonsense))).error_code, 22);
+    let reset = leader(701).bytes(5, &peer(8402));
+    assert_eq!(call(&mut node, &ask("ResetPeer", &reset)).error_code, 95);
+    assert_eq!(call(&mut node, &ask("Snapshot", &group(701))).error_code, 0);
+    assert_eq!(call(&mut node, &ask("SnapshotAll", &Message::default())).error_code, 0);
+    node.copysets.get_mut(&CopysetId::new(1, 701)).unwrap().state = 4;
+    assert_eq!(call(&mut node, &ask("AddPeer", &leader(701).bytes(4, &peer(8403)))).error_code, 1);
+    // The old service, by strings.
+    node.copysets.get_mut(&CopysetId::new(1, 701)).unwrap().state = 1;
+    let v1 = group(701).bytes(3, b"127.0.0.1:8402:0").bytes(4, b"127.0.0.1:8405:0");
+    let added = call(&mut node, &request("CliService", "add_peer", 1, &v1, &[]));
+    assert_eq!(added.message[&2][2], Value::Bytes(b"127.0.0.1:8405:0".to_vec()));
+    let never = request("CliService", "snapshot", 1, &group(701), &[]);
+    assert_eq!(call(&mut node, &never).error_code, 1002);
 }
 
 #[test]

@@ -16,6 +16,7 @@ mod frames;
 mod harness;
 mod nbd;
 mod pages;
+mod peers;
 mod replay;
 mod rot;
 mod slow;

@@ -201,11 +201,19 @@ impl ChunkRequest {
 
 /// `CopysetRequest2` with one copyset of one peer.
 pub(crate) fn create_copyset(pool: u64, copyset: u64, peer: &str) -> BytesMut {
-    let (mut address, mut entry, mut out) = (BytesMut::new(), BytesMut::new(), BytesMut::new());
-    bytes(&mut address, 3, peer.as_bytes());
+    create_copyset_of(pool, copyset, &[peer.to_owned()])
+}
+
+/// `CopysetRequest2` with one copyset of these peers.
+pub(crate) fn create_copyset_of(pool: u64, copyset: u64, peers: &[String]) -> BytesMut {
+    let (mut entry, mut out) = (BytesMut::new(), BytesMut::new());
     number(&mut entry, 1, pool);
     number(&mut entry, 2, copyset);
-    bytes(&mut entry, 3, &address);
+    for peer in peers {
+        let mut address = BytesMut::new();
+        bytes(&mut address, 3, peer.as_bytes());
+        bytes(&mut entry, 3, &address);
+    }
     bytes(&mut out, 1, &entry);
     out
 }

@@ -13,6 +13,7 @@ mod history;
 mod nemesis;
 mod net;
 mod node;
+mod peers;
 mod rng;
 mod rot;
 mod run;

@@ -8,7 +8,7 @@ use crate::rng::Rng;
 use crate::world::{ActorEvent, Route};
 use bytes::{Buf, Bytes, BytesMut};
 use chunkserver::io::buffer::{PoolBuf, RecvBuf};
-use chunkserver::io::{ConnId, Done, Errno, ListenerId};
+use chunkserver::io::{Address, ConnId, Done, Errno, ListenerId};
 use std::collections::{BTreeMap, VecDeque};
 
 const EBADF: Errno = Errno(9);
@@ -16,6 +16,8 @@ const EMFILE: Errno = Errno(24);
 const EPIPE: Errno = Errno(32);
 const ECONNRESET: Errno = Errno(104);
 const ENOBUFS: Errno = Errno(105);
+const ETIMEDOUT: Errno = Errno(110);
+const ECONNREFUSED: Errno = Errno(111);
 const BACKLOG: usize = 128;
 const RECV_MAX: usize = 64 << 10;
 
@@ -100,6 +102,10 @@ struct Listener {
 pub(crate) struct Net {
     conns: BTreeMap<ConnId, (usize, [End; 2])>,
     listeners: BTreeMap<(usize, ListenerId), Listener>,
+    /// Where nodes find each other.
+    addresses: BTreeMap<Address, (usize, ListenerId)>,
+    /// Connections of nodes that have not arrived yet.
+    dialing: BTreeMap<ConnId, Route>,
     last: i32,
     pub(crate) faults: Faults,
     pub(crate) resets: u64,
@@ -112,8 +118,29 @@ impl Net {
         self.listeners.insert((node, listener), Listener::default());
     }
 
+    /// A listener's address, for nodes that connect to it; it outlives the node's crashes.
+    pub(crate) fn publish(&mut self, address: Address, node: usize, listener: ListenerId) {
+        self.addresses.insert(address, (node, listener));
+    }
+
     fn latency(&self, rng: &mut Rng) -> u64 {
         rng.skewed(5_000, 300_000) * (1 + self.faults.slower)
+    }
+
+    /// A shard connects to a node's published address. An unknown one answers nothing, so the time is up some day.
+    pub(crate) fn dial(&mut self, now: u64, rng: &mut Rng, route: Route, address: &Address, timeout_ns: u64) {
+        self.last += 1;
+        let conn = ConnId(self.last);
+        let owner = Owner::Node(route.node);
+        let (due, node, to) = match self.addresses.get(address) {
+            Some(&(node, to)) => (now + self.latency(rng), node, to),
+            None => (now + timeout_ns, usize::MAX, ListenerId(0)),
+        };
+        assert!(node != route.node, "a node connects to itself");
+        let capacity = rng.between(4 << 10, 256 << 10) as usize;
+        self.conns.insert(conn, (capacity, [End::new(owner), End::new(Owner::Node(node))]));
+        self.dialing.insert(conn, route);
+        self.out.push(Effect::At(due, NetEvent::Arrive(conn, node, to)));
     }
 
     /// An actor connects; it is told later how that went.
@@ -152,6 +179,10 @@ impl Net {
         };
         if let Owner::Actor(actor) = owner {
             self.out.push(Effect::Tell(actor, event));
+        } else if let Some(route) = self.dialing.remove(&conn) {
+            let refused = if node == usize::MAX { ETIMEDOUT } else { ECONNREFUSED };
+            let result = if self.conns.contains_key(&conn) { Ok(conn) } else { Err(refused) };
+            self.out.push(Effect::Complete(route, Done::Connect(result)));
         }
     }
 
@@ -368,6 +399,12 @@ impl Net {
         self.conns.iter().filter_map(of).collect()
     }
 
+    /// Connections between nodes, oldest first.
+    pub(crate) fn between_nodes(&self) -> Vec<ConnId> {
+        let nodes = |ends: &[End; 2]| ends.iter().all(|end| end.open && matches!(end.owner, Owner::Node(_)));
+        self.conns.iter().filter(|(_, (_, ends))| nodes(ends)).map(|(conn, _)| *conn).collect()
+    }
+
     /// The network breaks a connection: both ends see a reset.
     pub(crate) fn cut(&mut self, now: u64, rng: &mut Rng, conn: ConnId) {
         let due = now + self.latency(rng);
@@ -500,6 +537,38 @@ mod tests {
             assert_eq!(back, data);
             assert!(matches!(wire.done.pop(), Some((4, Done::Send(Ok(()))))));
         }
+    }
+
+    #[test]
+    fn nodes_connect_to_published_addresses() {
+        let (mut wire, _) = Wire::connected(4);
+        let address = |last| Address::Tcp(std::net::Ipv4Addr::new(10, 0, 0, last), 8200);
+        let from = Route { node: 1, shard: 0, life: 1, token: Token(7) };
+        wire.net.publish(address(1), 0, LISTENER);
+        wire.net.publish(address(2), 2, LISTENER);
+        let dial = |wire: &mut Wire, to| {
+            wire.net.dial(wire.now, &mut wire.rng, from, &address(to), 50_000_000);
+            wire.run();
+            match wire.done.pop() {
+                Some((7, Done::Connect(result))) => result,
+                other => panic!("{other:?}"),
+            }
+        };
+        assert_eq!(dial(&mut wire, 2), Err(ECONNREFUSED), "node 2 is down");
+        let before = wire.now;
+        assert_eq!(dial(&mut wire, 3), Err(ETIMEDOUT));
+        assert_eq!(wire.now, before + 50_000_000);
+
+        let conn = dial(&mut wire, 1).unwrap();
+        wire.net.accept(&mut wire.rng, route(1), LISTENER);
+        wire.run();
+        assert!(matches!(wire.done.pop(), Some((1, Done::Accept(Ok(accepted)))) if accepted == conn));
+        wire.net.send(wire.now, &mut wire.rng, Owner::Node(1), None, conn, VecDeque::from([Bytes::from_static(b"hi")]));
+        wire.run();
+        assert_eq!(wire.node_receives(conn).unwrap().unwrap(), b"hi");
+        wire.net.crash(wire.now, &mut wire.rng, 1);
+        wire.run();
+        assert_eq!(wire.node_receives(conn), Some(Err(ECONNRESET)));
     }
 
     #[test]

@@ -8,7 +8,7 @@ use crate::run::{Program, System};
 use crate::world::{Shared as World, SimIo};
 use chunkserver::chunk::{ExtentPool, Layout, Params};
 use chunkserver::io::buffer::{Arena, BLOCK};
-use chunkserver::io::{Io, ListenerId};
+use chunkserver::io::{Address, Io, ListenerId};
 use chunkserver::mailbox::mesh;
 use chunkserver::metrics::process::ProcessStats;
 use chunkserver::reactor::{Protocol, Reactor, Setup};
@@ -29,8 +29,9 @@ const PAYLOAD: usize = 16 << 20;
 const WORK: usize = 16 << 20;
 const FLUSH_AGE_NS: u64 = 20_000_000;
 
-fn peer() -> PeerId {
-    PeerId::new(Ipv4Addr::LOCALHOST, 8200, 0)
+/// A node's name; its port is where it listens.
+pub(crate) fn peer(node: usize) -> PeerId {
+    PeerId::new(Ipv4Addr::from_bits(Ipv4Addr::LOCALHOST.to_bits() + node as u32), 8200, 0)
 }
 
 /// A node that runs the server.
@@ -61,7 +62,7 @@ impl System for ServerSystem {
         SIZE
     }
     fn peer(&self) -> String {
-        peer().to_string()
+        peer(0).to_string()
     }
     fn format(&self, disk: &mut Disk) {
         let layout = Layout::new(&self.params()).expect("the sizes above fit");
@@ -74,8 +75,10 @@ impl System for ServerSystem {
             let disk = &world.nodes[node].disk;
             Layout::decode(disk.peek(0, 2 * BLOCK), disk.len()).expect("nobody writes the superblock")
         };
+        let me = peer(node);
+        world.borrow_mut().net.publish(Address::Tcp(me.ip(), me.port()), node, ListenerId(0));
         let info = Info {
-            peer: peer(),
+            peer: me,
             chunk_size: CHUNK,
             max_inflight: 5_000,
             version: "sim".into(),
@@ -91,7 +94,7 @@ impl System for ServerSystem {
             let io = SimIo::new(world, node, number, life);
             let config = Config {
                 shard: number,
-                peer: peer().0,
+                peer: me.0,
                 dirty_limit: DIRTY,
                 flush_age_ns: FLUSH_AGE_NS,
                 election_ms: 1_000,

@@ -337,6 +337,9 @@ impl World {
         match op {
             Op::Read { .. } | Op::Write { .. } | Op::Sync { .. } => self.start_disk(route, op),
             Op::Accept { listener } => self.net.accept(&mut self.rng, route, listener),
+            Op::Connect { address, timeout_ms } => {
+                self.net.dial(now, &mut self.rng, route, &address, u64::from(timeout_ms) * 1_000_000);
+            }
             Op::Recv { conn } => self.net.recv(now, &mut self.rng, route, conn, None),
             Op::RecvInto { conn, buf, filled } => self.net.recv(now, &mut self.rng, route, conn, Some((buf, filled))),
             Op::Send { conn, bufs } => {

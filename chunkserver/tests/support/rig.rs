@@ -6,7 +6,7 @@
 use bytes::Bytes;
 use chunkserver::chunk::{ExtentPool, FLAG_SPARSE, Layout, Params};
 use chunkserver::io::buffer::{Arena, RecvBuf};
-use chunkserver::io::{Completion, ConnId, Done, Instant, Io, ListenerId, Op, Token};
+use chunkserver::io::{Completion, ConnId, Done, Errno, Instant, Io, ListenerId, Op, Token};
 use chunkserver::mailbox::mesh;
 use chunkserver::metrics::{OpKind, ProcessStats};
 use chunkserver::reactor::{Protocol, Reactor, Setup};
@@ -73,6 +73,7 @@ impl Io for NullIo {
                 wire.sends += 1;
                 Done::Send(Ok(()))
             }
+            Op::Connect { .. } => Done::Connect(Err(Errno(libc::ECONNREFUSED))),
             Op::Close { .. } => Done::Close,
             Op::Wake { .. } => return,
         };

@@ -1,7 +1,7 @@
 //! Metapages that are torn, rotten or gone: which chunk is served, which refused, which slot is put out of use.
 
 use super::super::*;
-use super::disk::{Disk, load, read, round};
+use super::disk::{Disk, load, payload, read, round};
 use super::scripted::{C, CHUNK, K, apply_write, byte, known, small, start, write_op};
 use crate::shard::request::{ChunkOp, Outcome};
 
@@ -100,4 +100,30 @@ fn no_rotten_metapage_makes_a_chunk_vanish() {
             }
         }
     }
+}
+
+#[test]
+fn another_replica_s_chunk_ends_the_doubt() {
+    let (layout, mut disk) = (small(4), Disk::default());
+    let mut store = start(&layout, &disk, 0);
+    for index in 1..=3 {
+        apply_write(&mut store, index, 1, index as u32 * K, index, 1);
+        round(&mut store, &mut disk, &[(C, index)]);
+    }
+    disk.flip(layout.metapage_offset(0, 3) + 2000);
+    let mut store = start(&layout, &disk, 3);
+    let theirs = ChunkInfo { chunk: 1, created: 1, applied: 3, sn: 1, corrected_sn: 0 };
+    let ours = store.chunk_info(C, 1).unwrap();
+    assert!(store.lacks(C, &theirs) && store.lacks(C, &ours), "whatever it says of itself");
+    assert!(store.install_begin(C, 1, 1));
+    for stamp in 1..=3 {
+        let (data, crcs) = payload(stamp, 1);
+        store.install_data(C, 1, 4, stamp as u32 * K, data, &crcs, 1);
+    }
+    store.install_end(C, &theirs, 1);
+    assert!(!store.lacks(C, &theirs));
+    round(&mut store, &mut disk, &[(C, 4)]);
+    let store = start(&layout, &disk, 4);
+    assert_eq!(store.suspect_chunks(), 0);
+    assert_eq!(byte(&read(&store, &disk, C, 1, 0, CHUNK).unwrap(), 3), 3);
 }

@@ -1,8 +1,10 @@
 //! The ring against the kernel it runs on: files, sockets, wake-ups.
 
 use super::*;
-use crate::io::{FileId, ListenerId, ShardId};
+use crate::io::{Address, FileId, ListenerId, ShardId};
+use socket2::{Domain, Socket, Type};
 use std::io::{Read, Write};
+use std::net::SocketAddrV4;
 
 fn ring(files: Vec<RawFd>, listeners: Vec<RawFd>, shard: u16, doorbells: &Arc<Doorbells>) -> (Uring, Arc<Arena>) {
     let arena = Arena::new(4 << 20).unwrap();
@@ -167,4 +169,75 @@ fn shards_and_foreign_threads_wake_a_turn() {
         a.turn(clock().after_ms(5), &mut out);
     }
     thread.join().unwrap();
+}
+
+fn connected(io: &mut Uring, address: Address) -> Result<ConnId, Errno> {
+    io.submit(Token(21), Op::Connect { address, timeout_ms: 200 });
+    match wait(io, 1).remove(0) {
+        Completion { token: Token(21), done: Done::Connect(result) } => result,
+        other => panic!("{other:?}"),
+    }
+}
+
+fn local(listener: &std::net::TcpListener) -> Address {
+    Address::Tcp(std::net::Ipv4Addr::LOCALHOST, listener.local_addr().unwrap().port())
+}
+
+#[test]
+fn connections_are_opened_over_tcp_and_unix_sockets() {
+    let bells = Doorbells::new(1).unwrap();
+    let (mut io, _arena) = ring(vec![], vec![], 0, &bells);
+    let tcp = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let conn = connected(&mut io, local(&tcp)).unwrap();
+    let (mut accepted, _) = tcp.accept().unwrap();
+    io.submit(Token(2), Op::Send { conn, bufs: [Bytes::from_static(b"hello")].into_iter().collect() });
+    io.submit(Token(3), Op::Recv { conn });
+    let mut read = [0; 5];
+    let Done::Send(Ok(())) = wait(&mut io, 1).remove(0).done else { panic!() };
+    accepted.read_exact(&mut read).unwrap();
+    accepted.write_all(&read).unwrap();
+    let Done::Recv(Ok(data)) = wait(&mut io, 1).remove(0).done else { panic!() };
+    assert_eq!((&read, &*data), (b"hello", &b"hello"[..]));
+    io.submit(Token(4), Op::Close { conn });
+    wait(&mut io, 1);
+    assert_eq!(accepted.read(&mut read).unwrap(), 0);
+
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("socket");
+    let unix = std::os::unix::net::UnixListener::bind(&path).unwrap();
+    let conn = connected(&mut io, Address::Unix(path)).unwrap();
+    let (mut accepted, _) = unix.accept().unwrap();
+    io.submit(Token(5), Op::Send { conn, bufs: [Bytes::from_static(b"hello")].into_iter().collect() });
+    wait(&mut io, 1);
+    accepted.read_exact(&mut read).unwrap();
+}
+
+#[test]
+fn connections_that_fail_leave_no_descriptor_behind() {
+    let bells = Doorbells::new(1).unwrap();
+    let (mut io, _arena) = ring(vec![], vec![], 0, &bells);
+    let closed = {
+        let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        local(&listener)
+    };
+    assert_eq!(connected(&mut io, closed), Err(Errno(libc::ECONNREFUSED)));
+    assert_eq!(connected(&mut io, Address::Unix("/nowhere/socket".into())), Err(Errno(libc::ENOENT)));
+    let long = Address::Unix("x".repeat(1000).into());
+    assert_eq!(connected(&mut io, long), Err(Errno(libc::EINVAL)), "no socket address at all");
+
+    // Nobody accepts, and the queue of a listener that wants none is soon full: the next one waits for ever.
+    let full = Socket::new(Domain::IPV4, Type::STREAM, None).unwrap();
+    full.bind(&SocketAddrV4::new(std::net::Ipv4Addr::LOCALHOST, 0).into()).unwrap();
+    full.listen(0).unwrap();
+    let port = full.local_addr().unwrap().as_socket().unwrap().port();
+    let mut open = Vec::new();
+    let error = loop {
+        match connected(&mut io, Address::Tcp(std::net::Ipv4Addr::LOCALHOST, port)) {
+            Ok(conn) => open.push(conn),
+            Err(error) => break error,
+        }
+        assert!(open.len() < 10, "the queue never fills");
+    };
+    assert_eq!(error, Errno(libc::ETIMEDOUT));
+    assert_eq!(io.in_flight, 0);
 }

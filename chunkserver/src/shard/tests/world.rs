@@ -5,8 +5,10 @@ use crate::chunk::{ExtentPool, FLAG_SPARSE, Layout, Params};
 use crate::io::buffer::Arena;
 use crate::io::{Bufs, Completion, Done, Errno, Instant, Op, Token};
 use crate::metrics::Registry;
+use crate::shard::mail::{PeerBody, PeerMail};
 use crate::shard::request::{AdminOp, ChunkOp, Origin, Outcome, Reply, Request, RequestOp};
 use crate::shard::{Arenas, Config, Effects, Shard};
+use copyset::raft::eraftpb::{Entry, EntryType};
 use raftlog::{BLOCK, CopysetId};
 use std::collections::BTreeMap;
 
@@ -96,6 +98,7 @@ pub(super) struct Setup {
     pub(super) work_arena: usize,
     pub(super) dirty_limit: usize,
     pub(super) flush_age_ms: u64,
+    pub(super) peer: u64,
 }
 
 impl Default for Setup {
@@ -109,6 +112,7 @@ impl Default for Setup {
             work_arena: 2 << 20,
             dirty_limit: 512 << 10,
             flush_age_ms: 50,
+            peer: PEER,
         }
     }
 }
@@ -121,6 +125,8 @@ pub(super) struct World {
     shard: Option<Shard>,
     effects: Effects,
     flights: Vec<Flight>,
+    /// To other nodes.
+    pub(super) mail: Vec<PeerMail>,
     pub(super) now: Instant,
     pub(super) rng: Rng,
     next_slot: u32,
@@ -162,6 +168,7 @@ impl World {
             shard: None,
             effects: Effects::default(),
             flights: Vec::new(),
+            mail: Vec::new(),
             now: Instant(1_000_000_000),
             rng: Rng(seed),
             next_slot: 0,
@@ -180,7 +187,7 @@ impl World {
     pub(super) fn start(&mut self) {
         let config = Config {
             shard: 0,
-            peer: PEER,
+            peer: self.setup.peer,
             dirty_limit: self.setup.dirty_limit,
             flush_age_ns: self.setup.flush_age_ms * 1_000_000,
             election_ms: 1000,
@@ -215,7 +222,9 @@ impl World {
         self.next_slot += 1;
         self.owed.insert(slot, ());
         let origin = Origin { shard: 0, slot, serial: slot };
+        let now = self.now;
         let mut effects = std::mem::take(&mut self.effects);
+        self.shard().observe(now);
         self.shard().request(Request { copyset, op, origin }, &mut effects);
         self.effects = effects;
         self.pending_turn = true;
@@ -236,6 +245,39 @@ impl World {
         let crcs = buf.chunks(BLOCK).map(raftlog::crc32c).collect();
         let op = ChunkOp::Write { sn: 1, offset: first * BLOCK as u32, payload: buf.freeze(), crcs };
         Some(self.chunk(copyset, chunk, op))
+    }
+
+    /// A message of another node, its payload in memory of our own; false when there is none for it.
+    pub(super) fn receive(&mut self, mut mail: PeerMail) -> bool {
+        if let PeerBody::Raft(message) = &mut mail.body {
+            // A membership change carries no payload.
+            let carries =
+                |entry: &&mut Entry| entry.get_entry_type() == EntryType::EntryNormal && !entry.data.is_empty();
+            for entry in message.mut_entries().iter_mut().filter(carries) {
+                let Some(mut buf) = self.arenas.payload.alloc(entry.data.len()) else {
+                    self.shard().want_memory();
+                    self.pending_turn = true;
+                    return false;
+                };
+                buf.truncate(entry.data.len());
+                buf.copy_from_slice(&entry.data);
+                entry.data = buf.freeze();
+            }
+        }
+        let now = self.now;
+        let mut effects = std::mem::take(&mut self.effects);
+        self.shard().observe(now);
+        self.shard().peer_mail(mail, &mut effects);
+        self.effects = effects;
+        self.pending_turn = true;
+        self.collect();
+        true
+    }
+
+    /// Mail to this peer was thrown away.
+    pub(super) fn lost(&mut self, peer: u64) {
+        self.shard().peer_lost(peer, None);
+        self.pending_turn = true;
     }
 
     pub(super) fn create(&mut self, copyset: CopysetId) {
@@ -329,6 +371,26 @@ impl World {
             assert!(self.owed.remove(&reply.origin.slot).is_some(), "answered twice: {reply:?}");
             self.replies.push(reply);
         }
+        self.mail.append(&mut self.effects.mail);
+    }
+
+    /// Something of it can happen without time passing.
+    pub(super) fn is_busy(&self) -> bool {
+        self.shard.is_some() && (self.pending_turn || !self.flights.is_empty())
+    }
+
+    pub(super) fn is_up(&self) -> bool {
+        self.shard.is_some()
+    }
+
+    /// A turn that is due, or a completion.
+    pub(super) fn work(&mut self) {
+        if self.pending_turn && (self.flights.is_empty() || !self.rng.one_in(3)) {
+            self.turn();
+        } else if !self.flights.is_empty() {
+            let at = self.rng.below(self.flights.len());
+            self.complete(at);
+        }
     }
 
     pub(super) fn in_flight(&self) -> usize {
@@ -400,8 +462,17 @@ impl World {
 
     /// Power is lost. Who waited for an answer gets none.
     pub(super) fn crash(&mut self) {
+        self.kill();
+        self.now = self.now.after_ms(1);
+        self.start();
+    }
+
+    /// Power is lost, and stays away.
+    pub(super) fn kill(&mut self) {
         self.crashes += 1;
         self.shard = None;
+        self.pending_turn = false;
+        self.mail.clear();
         self.effects = Effects::default();
         self.owed.clear();
         let keep = self.rng.below(5);
@@ -414,8 +485,6 @@ impl World {
             }
         }
         self.disk.current.clone_from(&self.disk.durable);
-        self.now = self.now.after_ms(1);
-        self.start();
     }
 
     /// Spoil the newest block of the log that holds `stamp`, or the block in front of it.

@@ -1,0 +1,294 @@
+"""Several chunkservers on this machine, for scripts/cluster and scripts/crash: disks, processes, copysets, leaders.
+
+Nodes are numbered from 1. They listen on ports of 127.0.0.1; with `isolated` (root only) each lives in a network
+namespace of its own behind a bridge, so that it can be cut off from the others and from clients.
+Everything is in one folder: `cluster.json`, and per node a folder with disk, configuration, log and ctl socket.
+"""
+import json, os, re, signal, socket, subprocess, time, urllib.request
+
+SUBNET = "198.18.77"  # of the range for benchmarks (RFC 2544): nothing else should use it
+BRIDGE = "cslab0"
+
+
+class Trouble(Exception):
+    """What was wanted cannot be done; the text says why."""
+
+
+def sh(*command):
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode != 0:
+        raise Trouble(f"{' '.join(command)}: {done.stderr.strip() or done.returncode}")
+    return done.stdout
+
+
+def free_ports(count):
+    sockets = [socket.socket() for _ in range(count)]
+    for s in sockets:
+        s.bind(("127.0.0.1", 0))
+    ports = [s.getsockname()[1] for s in sockets]
+    for s in sockets:
+        s.close()
+    return ports
+
+
+class Cluster:
+    def __init__(self, folder, chunkserver):
+        self.dir = os.path.abspath(folder)
+        self.chunkserver = chunkserver
+        self.nodes = []  # of {"host", "port", "pid", "cut"}
+        self.isolated = False
+        self.copysets = (1, 1, 8)  # pool, first id, count
+        self.processes = {}  # children of this process, to be waited for
+
+    # --- what is remembered between commands ---
+    def load(self):
+        try:
+            with open(os.path.join(self.dir, "cluster.json")) as f:
+                saved = json.load(f)
+        except FileNotFoundError:
+            raise Trouble(f"there is no cluster in {self.dir}") from None
+        self.nodes, self.isolated, self.copysets = saved["nodes"], saved["isolated"], tuple(saved["copysets"])
+        return self
+
+    def save(self):
+        path = os.path.join(self.dir, "cluster.json")
+        with open(path + ".tmp", "w") as f:
+            json.dump({"nodes": self.nodes, "isolated": self.isolated, "copysets": self.copysets}, f)
+        os.rename(path + ".tmp", path)
+
+    def node(self, number):
+        if not 1 <= number <= len(self.nodes):
+            raise Trouble(f"there is no node {number}, only 1 to {len(self.nodes)}")
+        return self.nodes[number - 1]
+
+    def numbers(self):
+        return range(1, len(self.nodes) + 1)
+
+    def path(self, number, name):
+        return os.path.join(self.dir, f"node{number}", name)
+
+    def address(self, number):
+        return "{host}:{port}".format(**self.node(number))
+
+    def peers(self):
+        return [self.address(number) for number in self.numbers()]
+
+    def copyset_ids(self):
+        pool, first, count = self.copysets
+        return [f"{pool}:{first + index}" for index in range(count)]
+
+    # --- disks and processes ---
+    def create(self, count, format_options, settings, isolated=False):
+        """Formats the disks and writes the configurations. `settings`: lines of TOML for all nodes."""
+        os.makedirs(self.dir, exist_ok=True)
+        if os.path.exists(os.path.join(self.dir, "cluster.json")):
+            raise Trouble(f"there is a cluster in {self.dir} already; take it down first")
+        self.isolated = isolated
+        ports = [8200] * count if isolated else free_ports(count)
+        host = (lambda n: f"{SUBNET}.{10 + n}") if isolated else (lambda n: "127.0.0.1")
+        self.nodes = [{"host": host(n), "port": port, "pid": None, "cut": False} for n, port in enumerate(ports, 1)]
+        if isolated:
+            self.build_network()
+        self.save()
+        for number in self.numbers():
+            os.makedirs(self.path(number, ""), exist_ok=True)
+            disk = self.path(number, "disk")
+            sh(self.chunkserver, "format", "--data", disk, *format_options)
+            with open(self.path(number, "chunkserver.toml"), "w") as f:
+                f.write(f'data = "{disk}"\nlisten = "{self.address(number)}"\nnbd_socket = "{self.path(number, "nbd.sock")}"\n')
+                f.write("".join(line + "\n" for line in settings))
+
+    def state(self, number):
+        """running, paused or down."""
+        pid = self.node(number)["pid"]
+        try:
+            with open(f"/proc/{pid}/cmdline") as f:
+                if self.path(number, "chunkserver.toml") not in f.read():
+                    return "down"  # somebody else's by now
+            with open(f"/proc/{pid}/stat") as f:
+                letter = f.read().rsplit(")", 1)[1].split()[0]
+        except (OSError, IndexError):
+            return "down"
+        return {"T": "paused", "t": "paused", "Z": "down", "X": "down"}.get(letter, "running")
+
+    def start(self, number):
+        """Starts a node, or lets a paused one go on."""
+        state = self.state(number)
+        if state == "paused":
+            os.kill(self.node(number)["pid"], signal.SIGCONT)
+        if state != "down":
+            return
+        command = [self.chunkserver, "serve", "--config", self.path(number, "chunkserver.toml")]
+        if self.isolated:
+            command = ["ip", "netns", "exec", f"cslab{number}", *command]
+        with open(self.path(number, "server.log"), "ab") as log:
+            process = subprocess.Popen(command, stdout=log, stderr=log, stdin=subprocess.DEVNULL, start_new_session=True)
+        self.processes[number] = process
+        self.node(number)["pid"] = process.pid
+        # An `ip netns exec` becomes the server a moment later.
+        deadline = time.monotonic() + 5
+        while self.isolated and self.state(number) == "down" and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.005)
+        self.save()
+
+    def end(self, number, how):
+        """Sends a signal that ends the node and waits until it is gone. Returns the exit code if it is a child of ours."""
+        if self.state(number) == "down":
+            return None
+        pid = self.node(number)["pid"]
+        os.kill(pid, how)
+        if how != signal.SIGKILL and self.state(number) == "paused":
+            os.kill(pid, signal.SIGCONT)
+        process = self.processes.pop(number, None)
+        if process:
+            try:
+                return process.wait(timeout=60)
+            except subprocess.TimeoutExpired:
+                raise Trouble(f"node {number} (process {pid}) does not end") from None
+        deadline = time.monotonic() + 60
+        while self.state(number) != "down":
+            if time.monotonic() > deadline:
+                raise Trouble(f"node {number} (process {pid}) does not end")
+            time.sleep(0.01)
+        return None
+
+    def kill(self, number):
+        self.end(number, signal.SIGKILL)
+
+    def pause(self, number):
+        if self.state(number) == "down":
+            raise Trouble(f"node {number} is down")
+        os.kill(self.node(number)["pid"], signal.SIGSTOP)
+
+    def healthy(self, number):
+        try:
+            with socket.create_connection((self.node(number)["host"], self.node(number)["port"]), timeout=1) as s:
+                s.sendall(b"GET /health HTTP/1.1\r\n\r\n")
+                return s.recv(64).startswith(b"HTTP/1.1 200")
+        except OSError:
+            return False
+
+    def writes(self):
+        """Writes that the clients of all nodes have been answered since these started."""
+        total = 0
+        for number in self.numbers():
+            try:
+                with urllib.request.urlopen(f"http://{self.address(number)}/metrics", timeout=2) as reply:
+                    found = re.findall(r"^\S*_write_io_num (\S+)$", reply.read().decode(), re.M)
+            except OSError:
+                continue
+            total += sum(int(float(value)) for value in found)
+        return total
+
+    def wait_healthy(self, number, seconds=60):
+        deadline = time.monotonic() + seconds
+        while not self.healthy(number):
+            if self.state(number) == "down":
+                code = self.processes[number].wait() if number in self.processes else "unknown"
+                raise Trouble(f"node {number} ended by itself, exit code {code}; {self.tail(number)}")
+            if time.monotonic() > deadline:
+                raise Trouble(f"node {number} does not answer after {seconds} s; {self.tail(number)}")
+            time.sleep(0.01)
+
+    def tail(self, number):
+        log = self.path(number, "server.log")
+        return f"the end of {log}:\n" + sh("tail", "-n", "15", log)
+
+    # --- copysets ---
+    def ctl(self, number, *words, timeout=30):
+        """A command of node `number` itself, over its ctl socket."""
+        done = subprocess.run([self.chunkserver, *words, "--ctl", self.path(number, "ctl.sock"), "--json"],
+                              capture_output=True, text=True, timeout=timeout)
+        if done.returncode != 0:
+            raise Trouble(f"node {number}: chunkserver {' '.join(words)}: {done.stderr.strip()}")
+        return json.loads(done.stdout)
+
+    def create_copysets(self):
+        pool, first, count = self.copysets
+        self.ctl(1, "copyset", "create", "--pool", str(pool), "--first", str(first), "--count", str(count),
+                 "--peers", ",".join(self.peers()))
+
+    def copyset(self, number, copyset, timeout=5):
+        """A copyset as node `number` sees it, or None if it does not answer."""
+        if self.state(number) != "running" or self.node(number)["cut"]:
+            return None
+        try:
+            return self.ctl(number, "copyset", "status", copyset, "--node", self.address(number), timeout=timeout)
+        except (Trouble, subprocess.TimeoutExpired, ValueError):
+            return None
+
+    def leader(self, copyset):
+        """Number of the node that says it leads, in the highest term; None if there is none."""
+        seen = [(view["term"], number) for number in self.numbers()
+                if (view := self.copyset(number, copyset)) and view["state"] == "leader"]
+        return max(seen)[1] if seen else None
+
+    def wait_leaders(self, seconds=60):
+        deadline = time.monotonic() + seconds
+        for copyset in self.copyset_ids():
+            while self.leader(copyset) is None:
+                if time.monotonic() > deadline:
+                    raise Trouble(f"copyset {copyset} has no leader after {seconds} s")
+                time.sleep(0.05)
+
+    def lead(self, number, seconds=60):
+        """Makes node `number` the leader of all copysets."""
+        deadline = time.monotonic() + seconds
+        for copyset in self.copyset_ids():
+            why = "it was never asked"
+            while not (view := self.copyset(number, copyset)) or view["state"] != "leader":
+                if time.monotonic() > deadline:
+                    raise Trouble(f"node {number} does not become the leader of {copyset} in {seconds} s: {why}")
+                try:
+                    self.ctl(number, "copyset", "transfer-leader", copyset, f"{self.address(number)}:0",
+                             "--node", self.address(number))
+                    why = "the transfer was accepted"
+                except (Trouble, subprocess.TimeoutExpired) as error:
+                    why = str(error)
+                time.sleep(0.1)
+
+    # --- the network of isolated nodes ---
+    def build_network(self):
+        if os.geteuid() != 0:
+            raise Trouble("network namespaces need root")
+        sh("ip", "link", "add", BRIDGE, "type", "bridge")
+        sh("ip", "addr", "add", f"{SUBNET}.1/24", "dev", BRIDGE)
+        sh("ip", "link", "set", BRIDGE, "up")
+        for number in self.numbers():
+            space, outside, inside = f"cslab{number}", f"cslab{number}o", f"cslab{number}i"
+            sh("ip", "netns", "add", space)
+            sh("ip", "link", "add", outside, "type", "veth", "peer", "name", inside)
+            sh("ip", "link", "set", inside, "netns", space)
+            sh("ip", "link", "set", outside, "master", BRIDGE, "up")
+            sh("ip", "-n", space, "addr", "add", f"{self.node(number)['host']}/24", "dev", inside)
+            sh("ip", "-n", space, "link", "set", inside, "up")
+            sh("ip", "-n", space, "link", "set", "lo", "up")
+
+    def remove_network(self):
+        for number in self.numbers():
+            subprocess.run(["ip", "netns", "del", f"cslab{number}"], capture_output=True)
+            subprocess.run(["ip", "link", "del", f"cslab{number}o"], capture_output=True)
+        subprocess.run(["ip", "link", "del", BRIDGE], capture_output=True)
+
+    def cut(self, number, off=True):
+        """Takes node `number` off the network, or puts it back; its process notices nothing but silence."""
+        if not self.isolated:
+            raise Trouble("only nodes in network namespaces can be cut off: `up` with --isolated, as root")
+        sh("ip", "link", "set", f"cslab{number}o", *(["nomaster"] if off else ["master", BRIDGE]))
+        self.node(number)["cut"] = off
+        self.save()
+
+
+def binary(name, profile="release"):
+    """Path of one of our programs: $CHUNKSERVER_BIN or $BENCH_BIN, else the one in target/."""
+    root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    return os.environ.get(f"{name.upper()}_BIN", os.path.join(root, "target", profile, name))
+
+
+def build(profile="release"):
+    """Builds both unless they are given."""
+    if "CHUNKSERVER_BIN" in os.environ:
+        return
+    root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    flags = ["--release"] if profile == "release" else []
+    subprocess.run(["cargo", "build", "--quiet", "-p", "chunkserver", "-p", "bench", *flags], cwd=root, check=True)
