@@ -231,7 +231,7 @@ impl<I: Io> Reactor<I> {
             o if o == Owner::Recv as u64 => self.received(index, serial, completion.done),
             o if o == Owner::Send as u64 => self.sent(index, serial, &completion.done),
             o if o == Owner::Close as u64 => self.closed(index, serial),
-            o if o == Owner::Connect as u64 => self.linked(index, completion.done),
+            o if o == Owner::Connect as u64 => self.linked(index, &completion.done),
             _ => assert!(matches!(completion.done, Done::Wake), "a completion without an owner: {completion:?}"),
         }
     }

@@ -82,8 +82,7 @@ impl Store {
         chunk: u64,
         index: u64,
         offset: u32,
-        payload: Bytes,
-        crcs: &[u32],
+        (payload, crcs): (Bytes, &[u32]),
         now: u64,
     ) {
         let Some(slot) = self.find(copyset, chunk).map(|(slot, _)| slot) else { return };

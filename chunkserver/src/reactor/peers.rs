@@ -167,8 +167,8 @@ impl<I: Io> Reactor<I> {
     }
 
     /// A connection attempt ended.
-    pub(super) fn linked(&mut self, link: usize, done: Done) {
-        let Done::Connect(result) = done else { unreachable!("a connect came back as {done:?}") };
+    pub(super) fn linked(&mut self, link: usize, done: &Done) {
+        let Done::Connect(result) = *done else { unreachable!("a connect came back as {done:?}") };
         let wanted = self.peers.dialed(self.io.now(), link, result.is_ok(), &mut self.peer_events);
         match result {
             Ok(conn) if wanted => {

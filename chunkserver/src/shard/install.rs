@@ -222,12 +222,12 @@ impl Shard {
         }
     }
 
-    pub(super) fn piece(&mut self, id: CopysetId, from: u64, piece: Bulk, payload: Bytes) {
+    pub(super) fn piece(&mut self, id: CopysetId, from: u64, piece: Bulk, payload: &Bytes) {
         let Bulk::Piece { chunk, offset, len, info, crcs } = piece else { return };
         let Some(install) = self.installs.0.get_mut(&id).filter(|install| install.from == from) else { return };
         let asked = |asked: &Asked| (asked.chunk, asked.offset, asked.len) == (chunk, offset, len);
         let Some(at) = install.asked.iter().position(asked) else { return };
-        if info.is_some() && !matches(len, &crcs, &payload) {
+        if info.is_some() && !matches(len, &crcs, payload) {
             tracing::warn!(copyset = ?id, chunk, "a piece of a chunk does not match its checksums");
             return; // it is asked for again
         }
@@ -263,7 +263,7 @@ impl Shard {
         if done.is_some() {
             install.taking.remove(&chunk);
         }
-        self.take_in(id, chunk, index, offset, &crcs, &payload);
+        self.take_in(id, chunk, index, offset, &crcs, payload);
         if let Some(info) = done {
             self.store.install_end(id, &info, self.now.0);
         }
@@ -278,7 +278,7 @@ impl Shard {
                 self.store.install_hole(id, chunk, start, bytes as u32);
             } else {
                 let data = payload.slice(at * BLOCK..at * BLOCK + bytes);
-                self.store.install_data(id, chunk, index, start, data, run, self.now.0);
+                self.store.install_data(id, chunk, index, start, (data, run), self.now.0);
             }
             at += run.len();
         }

@@ -143,9 +143,19 @@ enum Task {
     Window(u64),
     LogWrite(WriteId),
     Round(chunk::IoId),
-    Read { job: usize, piece: usize },
-    Fetch { copyset: CopysetId, index: u64 },
-    CatchUp { copyset: CopysetId, index: u64, term: u64 },
+    Read {
+        job: usize,
+        piece: usize,
+    },
+    Fetch {
+        copyset: CopysetId,
+        index: u64,
+    },
+    CatchUp {
+        copyset: CopysetId,
+        index: u64,
+        term: u64,
+    },
 }
 
 /// A proposal whose outcome is awaited.

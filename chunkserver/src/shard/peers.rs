@@ -53,7 +53,7 @@ impl Shard {
         let message = match body {
             PeerBody::Raft(message) if message.from == from && message.to == to => message,
             PeerBody::Raft(_) => return self.metrics.add(Counter::PeerRefused, 1),
-            PeerBody::Bulk { head, payload } => return self.bulk(id, from, &head, payload, out),
+            PeerBody::Bulk { head, payload } => return self.bulk(id, from, &head, &payload, out),
         };
         if message.get_msg_type() == MessageType::MsgAppend && !message.get_entries().is_empty() {
             self.append(id, *message);
@@ -62,7 +62,7 @@ impl Shard {
         }
     }
 
-    fn bulk(&mut self, id: CopysetId, from: u64, head: &[u8], payload: Bytes, out: &mut Effects) {
+    fn bulk(&mut self, id: CopysetId, from: u64, head: &[u8], payload: &Bytes, out: &mut Effects) {
         match Bulk::decode(head) {
             Ok(Bulk::AskList { index, from: first }) => self.supply_list(id, from, index, first, out),
             Ok(Bulk::AskPiece { index, chunk, offset, len }) => {

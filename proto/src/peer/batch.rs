@@ -334,7 +334,7 @@ impl BatchWriter {
     }
 
     fn raft(&mut self, copyset: u64, raft: Raft) {
-        let flags = u8::from(raft.reject) * REJECT | u8::from(raft.snapshot.is_some()) * SNAPSHOT;
+        let flags = (u8::from(raft.reject) * REJECT) | (u8::from(raft.snapshot.is_some()) * SNAPSHOT);
         self.head(raft.kind as u8, flags, raft.context.len(), copyset);
         for number in [raft.term, raft.log_term, raft.index, raft.commit, raft.commit_term, raft.reject_hint] {
             self.body.put_u64_le(number);

@@ -118,7 +118,7 @@ fn another_replica_s_chunk_ends_the_doubt() {
     assert!(store.install_begin(C, 1, 1));
     for stamp in 1..=3 {
         let (data, crcs) = payload(stamp, 1);
-        store.install_data(C, 1, 4, stamp as u32 * K, data, &crcs, 1);
+        store.install_data(C, 1, 4, stamp as u32 * K, (data, &crcs[..]), 1);
     }
     store.install_end(C, &theirs, 1);
     assert!(!store.lacks(C, &theirs));
