@@ -219,9 +219,13 @@ impl Shard {
     }
 
     /// Room for an entry of `len` payload bytes behind others of `bytes` and log cost `cost`.
+    ///
+    /// When write-back has nothing left to free, only commits make room, and what commits them may be this very entry (a
+    /// new leader's first): it must not wait. Its payload is in memory already, so what bounds it is the arena.
     fn has_room_to_follow(&self, bytes: usize, cost: u64, len: usize) -> bool {
-        let ours = self.peers.tail_bytes + self.peers.stepped_bytes + bytes;
-        let memory = ours == 0 || self.store.pinned_bytes() as usize + ours + len <= self.config.dirty_limit;
+        let (pinned, ours) =
+            (self.store.pinned_bytes() as usize, self.peers.tail_bytes + self.peers.stepped_bytes + bytes);
+        let memory = pinned == 0 || ours == 0 || pinned + ours + len <= self.config.dirty_limit;
         memory && self.log.borrow().has_room(self.proposed_cost + cost, len)
     }
 }

@@ -90,7 +90,7 @@ impl Copyset {
     /// A batch of the log must become durable before this replica goes on.
     #[must_use]
     pub fn awaits_log(&self) -> bool {
-        !self.held.is_empty()
+        !self.held.is_empty() || self.installing.is_some()
     }
     /// Elections and heartbeats matter: there are voters, and this one is not the only member.
     #[must_use]
