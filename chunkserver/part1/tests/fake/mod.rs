@@ -28,6 +28,8 @@ pub(crate) struct Seen {
     pub(crate) id: u64,
     pub(crate) message: Vec<u8>,
     pub(crate) attachment: Vec<u8>,
+    /// Numbers of the meta's fields in order, those of the request part behind 1.
+    pub(crate) meta: Vec<u64>,
     /// All bytes of the frame.
     pub(crate) frame: Vec<u8>,
     pub(crate) at: Instant,
@@ -79,6 +81,8 @@ pub(crate) enum Act {
     Half,
     /// This message.
     Message(Vec<u8>),
+    /// Serve a read from so many bytes further.
+    Shifted(usize),
 }
 
 type Plan = dyn Fn(usize, &Seen) -> Act + Send + Sync;
@@ -143,7 +147,7 @@ impl Fake {
                         inner.streams.lock().unwrap().push(stream.try_clone().unwrap());
                         let number = inner.connections.fetch_add(1, Ordering::SeqCst);
                         let inner = Arc::clone(&inner);
-                        thread::spawn(move || drop(serve(&inner, stream, number)));
+                        thread::spawn(move || serve(&inner, stream, number));
                     }
                     Err(_) => thread::sleep(Duration::from_millis(1)),
                 }
@@ -268,6 +272,12 @@ fn serve(inner: &Arc<Inner>, mut stream: UnixStream, number: usize) -> Option<()
                 close(&stream)?;
                 return None;
             }
+            Act::Shifted(by) => {
+                let (offset, size) = (seen.number(2)? as usize + by, seen.number(3)? as usize);
+                let mut bytes = inner.volume.lock().unwrap()[offset..].to_vec();
+                bytes.resize(size, 0);
+                send(&frame(0, &number_field(1, 0), seen.id, &bytes))?;
+            }
             Act::Message(message) => send(&frame(0, &message, seen.id, &[]))?,
         }
     }
@@ -343,6 +353,7 @@ fn read_frame(stream: &mut impl Read, connection: usize) -> Option<Seen> {
     };
     let Some(Value::Bytes(request)) = find(&meta, 1) else { panic!("no request part") };
     let request = fields(&request);
+    let inner: Vec<u64> = [1].into_iter().chain(request.iter().map(|(number, _)| *number)).collect();
     let text = |field| match find(&request, field) {
         Some(Value::Bytes(bytes)) => String::from_utf8(bytes).unwrap(),
         _ => panic!("no name"),
@@ -356,6 +367,7 @@ fn read_frame(stream: &mut impl Read, connection: usize) -> Option<Seen> {
         id: number(find(&meta, 4)),
         message: frame[12 + meta_size..split].to_vec(),
         attachment: frame[split..].to_vec(),
+        meta: meta.iter().flat_map(|(number, _)| if *number == 1 { inner.clone() } else { vec![*number] }).collect(),
         frame,
         at: Instant::now(),
     })
