@@ -187,7 +187,9 @@ impl NebdClient {
     }
 
     /// Submits I/O; `done` is called once, on the client's thread, or at once if the request cannot be sent at all. It
-    /// should not take long: other completions wait for it. What it submits itself leaves together, after it returns.
+    /// should not take long: other completions wait for it. What it submits itself leaves together, after it returns. If it
+    /// has to wait for a future of this client, then with [`crate::block_on`]. How many requests are in flight is the
+    /// caller's to bound.
     pub fn submit(&self, fd: NebdFd, io: Io, done: impl FnOnce(Completion) + Send + 'static) {
         let fd = fd.0;
         let (body, payload, buffer) = match io {

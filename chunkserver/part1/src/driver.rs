@@ -39,6 +39,9 @@ use crate::{
 
 /// Asked of the kernel for requests on their way; it gives what it allows.
 const SEND_BUFFER: usize = 4 << 20;
+/// In this time the log gets so many lines about connections.
+const NEWS: Duration = Duration::from_secs(1);
+const NEWS_MAX: u32 = 4;
 /// The longest sleep.
 const LONG: Duration = Duration::from_secs(3600);
 
@@ -86,6 +89,7 @@ impl Shared {
             inbox: Inbox::new(),
             next_heartbeat: Instant::now(),
             finished: Vec::new(),
+            news: News::default(),
         });
         thread::Builder::new().name("nebd-client".into()).spawn(move || run(driver))?;
         Ok(shared)
@@ -217,6 +221,33 @@ struct Driver {
     inbox: Inbox,
     next_heartbeat: Instant,
     finished: Vec<Finished>,
+    news: News,
+}
+
+/// What is logged about connections: of a server that takes and drops them a hundred times a second, a few lines.
+#[derive(Default)]
+struct News {
+    since: Option<Instant>,
+    told: u32,
+    kept_back: u64,
+}
+
+impl News {
+    fn tell(&mut self, now: Instant, what: std::fmt::Arguments<'_>) {
+        if self.since.is_none_or(|since| now >= since + NEWS) {
+            (self.since, self.told) = (Some(now), 0);
+            if self.kept_back > 0 {
+                tracing::info!("{} lines about connections were kept back", self.kept_back);
+                self.kept_back = 0;
+            }
+        }
+        self.told += 1;
+        if self.told > NEWS_MAX {
+            self.kept_back += 1;
+        } else {
+            tracing::info!("{what}");
+        }
+    }
 }
 
 /// Turns until the client is stopped or the driver was handed over.
@@ -296,8 +327,9 @@ impl Driver {
         let shared = Arc::clone(&self.shared);
         let mut state = locked(&shared.state);
         if let Err(error) = result {
-            tracing::warn!("connection lost: {error}");
-            self.disconnect(&mut state, Instant::now());
+            let now = Instant::now();
+            self.news.tell(now, format_args!("connection lost: {error}"));
+            self.disconnect(&mut state, now);
         }
         state.exchange.take_finished(&mut self.finished);
     }
@@ -313,7 +345,7 @@ impl Driver {
         };
         match attempt() {
             Ok(socket) => {
-                tracing::info!("connected");
+                self.news.tell(now, format_args!("connected"));
                 let socket = Arc::new(socket);
                 (self.socket, state.socket) = (Some(Arc::clone(&socket)), Some(socket));
                 state.exchange.on_connected(now);

@@ -147,7 +147,11 @@ impl Fake {
                         inner.streams.lock().unwrap().push(stream.try_clone().unwrap());
                         let number = inner.connections.fetch_add(1, Ordering::SeqCst);
                         let inner = Arc::clone(&inner);
-                        thread::spawn(move || serve(&inner, stream, number));
+                        thread::spawn(move || {
+                            let end = stream.try_clone().unwrap();
+                            serve(&inner, stream, number);
+                            let _ = end.shutdown(std::net::Shutdown::Both);
+                        });
                     }
                     Err(_) => thread::sleep(Duration::from_millis(1)),
                 }
@@ -230,7 +234,6 @@ pub(crate) fn requests(mut bytes: &[u8]) -> Vec<Seen> {
 
 fn serve(inner: &Arc<Inner>, mut stream: UnixStream, number: usize) -> Option<()> {
     let out = Arc::new(Mutex::new(stream.try_clone().ok()?));
-    let close = |stream: &UnixStream| stream.shutdown(std::net::Shutdown::Both).ok();
     loop {
         let seen = read_frame(&mut stream, number)?;
         let count = {
@@ -256,7 +259,6 @@ fn serve(inner: &Arc<Inner>, mut stream: UnixStream, number: usize) -> Option<()
                 if executed {
                     answer(inner, &seen, seen.id);
                 }
-                close(&stream)?;
                 return None;
             }
             Act::Raw(bytes) => send(&bytes)?,
@@ -269,7 +271,6 @@ fn serve(inner: &Arc<Inner>, mut stream: UnixStream, number: usize) -> Option<()
             Act::Half => {
                 let reply = answer(inner, &seen, seen.id);
                 send(&reply[..reply.len() / 2])?;
-                close(&stream)?;
                 return None;
             }
             Act::Shifted(by) => {
@@ -338,7 +339,9 @@ fn number_field(number: u64, mut value: u64) -> Vec<u8> {
 fn read_frame(stream: &mut impl Read, connection: usize) -> Option<Seen> {
     let mut frame = vec![0; 12];
     stream.read_exact(&mut frame).ok()?;
-    assert_eq!(&frame[..4], b"PRPC");
+    if &frame[..4] != b"PRPC" {
+        return None;
+    }
     let size = |at: usize| u32::from_be_bytes(frame[at..at + 4].try_into().unwrap()) as usize;
     let (body_size, meta_size) = (size(4), size(8));
     frame.resize(12 + body_size, 0);
