@@ -325,6 +325,37 @@ fn hostile_bytes_never_pass_for_an_answer() {
 }
 
 #[test]
+fn mutilated_answers_are_refusals_or_are_asked_for_again() {
+    // Every other request gets a mutilated answer. Each byte of it is hit, by each bit, and it is cut at each place.
+    let mutilated = Arc::new(AtomicUsize::new(0));
+    let count = Arc::clone(&mutilated);
+    let answer = |id| fake::frame(0, &[8, 0], id, &[]);
+    let (length, turn) = (answer(1 << 33).len(), AtomicBool::new(false));
+    let total = length * 9;
+    let fake = Fake::start(move |_, seen| {
+        if !turn.fetch_not(Ordering::SeqCst) {
+            return Act::Serve;
+        }
+        let n = count.fetch_add(1, Ordering::SeqCst);
+        let mut bytes = answer(seen.id);
+        let at = n / 9 % bytes.len();
+        match n % 9 {
+            8 => bytes.truncate(at),
+            bit => bytes[at] ^= 1 << bit,
+        }
+        Act::Last(bytes)
+    });
+    let mut config = Config::load(&fake.conf(&[])).unwrap();
+    (config.host_down_interval, config.retry_interval) = (MS, MS);
+    let client = NebdClient::new(config).unwrap();
+    while mutilated.load(Ordering::SeqCst) < total {
+        let result = block_on(client.flush(NebdFd(1)));
+        assert!(matches!(result, Ok(()) | Err(Error::Refused)), "{result:?}");
+    }
+    assert!(client.stats().retries > total as u64 / 2);
+}
+
+#[test]
 fn a_read_gets_exactly_its_bytes_or_fails() {
     for length in [0, 1, 4095, 4097, 100_000] {
         let fake = Fake::start(move |count, _| if count == 0 { Act::Attach(vec![1; length]) } else { Act::Serve });

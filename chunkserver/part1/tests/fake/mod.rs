@@ -71,6 +71,8 @@ pub(crate) enum Act {
     },
     /// These bytes in place of an answer.
     Raw(Vec<u8>),
+    /// These bytes, then the connection breaks.
+    Last(Vec<u8>),
     /// The right answer under this id.
     AsId(u64),
     /// The right answer, twice.
@@ -262,6 +264,10 @@ fn serve(inner: &Arc<Inner>, mut stream: UnixStream, number: usize) -> Option<()
                 return None;
             }
             Act::Raw(bytes) => send(&bytes)?,
+            Act::Last(bytes) => {
+                send(&bytes)?;
+                return None;
+            }
             Act::AsId(id) => send(&answer(inner, &seen, id))?,
             Act::Twice => {
                 let reply = answer(inner, &seen, seen.id);
