@@ -13,8 +13,8 @@ use crate::codec::{self, ChunkRequest};
 use crate::leaders::Leaders;
 use crate::model::{ChunkAddr, Model, ReadToken, Survival};
 use crate::plan::{Access, Geometry, Pace, Source};
-use crate::stamp::BLOCK;
 use crate::stats::Stats;
+use crate::verdict::{self, count, first};
 use slab::Slab;
 use std::collections::BTreeSet;
 
@@ -266,7 +266,7 @@ impl Engine {
             if self.ops.is_empty() {
                 self.last_progress = now;
             }
-            let (seq, token) = self.begin(&access);
+            let (seq, token) = verdict::begin(self.config.check, self.model.as_mut(), &access);
             let op = Op {
                 access,
                 intended,
@@ -309,15 +309,6 @@ impl Engine {
         }
     }
 
-    fn begin(&mut self, access: &Access) -> (u64, Option<ReadToken>) {
-        let Some(model) = &mut self.model else { return (0, None) };
-        match (access.write, self.config.check) {
-            (true, _) => (model.begin_write(access.chunk, first(access), count(access)), None),
-            (false, Check::Judge) => (0, Some(model.begin_read())),
-            (false, _) => (0, None),
-        }
-    }
-
     /// Puts op `key` on a connection, or lets it wait for one.
     fn send(&mut self, key: usize, now: u64) {
         let Some(copyset) = self.copyset(key) else { return };
@@ -349,14 +340,6 @@ impl Engine {
 
 mod answer;
 
-fn first(access: &Access) -> u32 {
-    access.offset / BLOCK as u32
-}
-
-fn count(access: &Access) -> u32 {
-    access.len / BLOCK as u32
-}
-
 fn put_payload(out: &mut Vec<u8>, op: &Op, model: Option<&Model>, plain: &mut Vec<u8>) {
     let len = op.access.len as usize;
     if let Some(model) = model {
@@ -367,9 +350,13 @@ fn put_payload(out: &mut Vec<u8>, op: &Op, model: Option<&Model>, plain: &mut Ve
         }
         return;
     }
-    while plain.len() < len {
-        let word = crate::stamp::mix(plain.len() as u64);
-        plain.extend_from_slice(&word.to_le_bytes());
+    if plain.len() < len {
+        *plain = plain_payload(len);
     }
     out.extend_from_slice(plain.get(..len).unwrap_or_default());
+}
+
+/// At least `len` bytes that do not compress, to be written when nothing is checked.
+pub(crate) fn plain_payload(len: usize) -> Vec<u8> {
+    (0..len.next_multiple_of(8) as u64).step_by(8).flat_map(|at| crate::stamp::mix(at).to_le_bytes()).collect()
 }

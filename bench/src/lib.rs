@@ -1,8 +1,9 @@
 //! Measures and verifies a chunkserver from outside, over the wire and through a client of its own.
 //!
-//! The parts that decide anything (`codec`, `stamp`, `model`, `plan`, `engine`, `stats`) know no socket, file or
-//! clock; `driver` runs them, `observe` looks at the server's process, disk and counters, and `rpc` and `raw` are the
-//! commands. Nothing here uses the server's own protocol code, so that both can be tested against each other.
+//! The parts that decide anything (`codec`, `stamp`, `model`, `plan`, `engine`, `verdict`, `stats`) know no socket, file
+//! or clock; `driver` runs them, `observe` looks at the server's process, disk and counters, and `rpc`, `nebd` and `raw`
+//! are the commands. Nothing here uses the server's own protocol code, so that both can be tested against each other;
+//! only `nebd` is there to drive a client of the project's, part1.
 #![forbid(unsafe_code)]
 
 pub mod codec;
@@ -10,6 +11,7 @@ pub mod driver;
 pub mod engine;
 pub mod leaders;
 pub mod model;
+pub mod nebd;
 pub mod observe;
 pub mod plan;
 pub mod raw;
@@ -19,3 +21,4 @@ pub mod setup;
 pub mod stamp;
 pub mod state;
 pub mod stats;
+mod verdict;

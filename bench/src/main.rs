@@ -3,7 +3,7 @@
 //! Exit code 0: measured and nothing wrong; 1: it could not run; 2: a block was wrong.
 
 use anyhow::{Context, Result};
-use bench::{raw, rpc};
+use bench::{nebd, raw, rpc};
 use clap::{Parser, Subcommand};
 use serde::Serialize;
 use std::path::Path;
@@ -20,6 +20,8 @@ struct Cli {
 enum Command {
     /// Drive a chunkserver's ChunkService over TCP.
     Rpc(Box<rpc::Args>),
+    /// Drive an NEBD server (part2) over its Unix socket, through part1.
+    Nebd(Box<nebd::Args>),
     /// Measure a plain file on the same disk with fio.
     Raw(raw::Args),
 }
@@ -34,6 +36,12 @@ fn run(command: Command) -> Result<ExitCode> {
     match command {
         Command::Rpc(args) => {
             let report = rpc::run(&args)?;
+            print!("{report}");
+            write_json(args.json.as_deref(), &report)?;
+            Ok(if report.is_clean() { ExitCode::SUCCESS } else { ExitCode::from(2) })
+        }
+        Command::Nebd(args) => {
+            let report = nebd::run(&args)?;
             print!("{report}");
             write_json(args.json.as_deref(), &report)?;
             Ok(if report.is_clean() { ExitCode::SUCCESS } else { ExitCode::from(2) })

@@ -7,6 +7,7 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpStream};
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -24,6 +25,11 @@ impl Targets {
         Self(addrs.iter().map(|addr| Target::find(*addr, pid.filter(|_| addrs.len() == 1), disk)).collect())
     }
 
+    /// The server on a Unix socket.
+    pub fn find_local(socket: &Path, pid: Option<u32>, disk: Option<&Path>) -> Self {
+        Self(vec![Target::find_local(socket, pid, disk)])
+    }
+
     /// Reads all sources once and adds up CPU and counters; the disk is counted once.
     pub fn sample(&self) -> Sample {
         let mut samples = self.0.iter().map(Target::sample);
@@ -39,11 +45,20 @@ impl Targets {
     }
 }
 
+/// Where a server speaks HTTP.
+#[derive(Debug, Clone)]
+pub enum Address {
+    /// At its RPC port.
+    Tcp(SocketAddr),
+    /// On a Unix socket.
+    Unix(PathBuf),
+}
+
 /// One server.
 #[derive(Debug, Clone)]
 pub struct Target {
     /// The server's RPC and HTTP port.
-    pub addr: SocketAddr,
+    pub addr: Address,
     /// Its process, if it runs on this machine.
     pub pid: Option<u32>,
     /// Its whole-disk name in /proc/diskstats.
@@ -54,7 +69,14 @@ impl Target {
     /// Finds what was not named: the process by the listening socket, the disk by the path on it.
     pub fn find(addr: SocketAddr, pid: Option<u32>, disk: Option<&Path>) -> Self {
         let pid = pid.or_else(|| if addr.ip().is_loopback() { listener_pid(addr.port()) } else { None });
-        Self { addr, pid, disk: disk.and_then(disk_of) }
+        Self { addr: Address::Tcp(addr), pid, disk: disk.and_then(disk_of) }
+    }
+
+    /// The same for a server on a Unix socket, whose process the kernel knows.
+    fn find_local(socket: &Path, pid: Option<u32>, disk: Option<&Path>) -> Self {
+        let peer = || rustix::net::sockopt::socket_peercred(UnixStream::connect(socket).ok()?).ok();
+        let pid = pid.or_else(|| u32::try_from(peer()?.pid.as_raw_nonzero().get()).ok());
+        Self { addr: Address::Unix(socket.to_owned()), pid, disk: disk.and_then(disk_of) }
     }
 
     /// Reads all sources once.
@@ -63,7 +85,7 @@ impl Target {
             cpu_micros: self.pid.and_then(cpu_micros),
             client_micros: cpu_micros(std::process::id()),
             disk: self.disk.as_deref().and_then(|name| disk_writes(&fs::read_to_string("/proc/diskstats").ok()?, name)),
-            counters: http_get(self.addr, "/metrics").map(|text| parse_metrics(&text)).unwrap_or_default(),
+            counters: http_get(&self.addr, "/metrics").map(|text| parse_metrics(&text)).unwrap_or_default(),
         }
     }
 }
@@ -184,12 +206,25 @@ fn listener_inode(table: &str, port: u16) -> Option<u64> {
 }
 
 /// Body of a page of the server's HTTP side, or `None` if there is no such page.
-fn http_get(addr: SocketAddr, path: &str) -> Option<String> {
+fn http_get(addr: &Address, path: &str) -> Option<String> {
     let limit = Duration::from_secs(2);
-    let mut stream = TcpStream::connect_timeout(&addr, limit).ok()?;
-    stream.set_read_timeout(Some(limit)).ok()?;
+    match addr {
+        Address::Tcp(addr) => {
+            let stream = TcpStream::connect_timeout(addr, limit).ok()?;
+            stream.set_read_timeout(Some(limit)).ok()?;
+            http_on(stream, &addr.to_string(), path)
+        }
+        Address::Unix(socket) => {
+            let stream = UnixStream::connect(socket).ok()?;
+            stream.set_read_timeout(Some(limit)).ok()?;
+            http_on(stream, "localhost", path)
+        }
+    }
+}
+
+fn http_on(mut stream: impl Read + Write, host: &str, path: &str) -> Option<String> {
     let request =
-        format!("GET {path} HTTP/1.1\r\nHost: {addr}\r\nUser-Agent: curl/7.54.0\r\nConnection: close\r\n\r\n");
+        format!("GET {path} HTTP/1.1\r\nHost: {host}\r\nUser-Agent: curl/7.54.0\r\nConnection: close\r\n\r\n");
     stream.write_all(request.as_bytes()).ok()?;
     let mut answer = Vec::new();
     stream.take(METRICS_MAX).read_to_end(&mut answer).ok()?;

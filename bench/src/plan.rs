@@ -3,7 +3,7 @@
 //! The plan is decided before any answer is known. In particular an open loop's start times are fixed by the rate
 //! alone ([`Pace`]), so a slow server cannot slow down the clock it is measured with (no coordinated omission).
 
-use crate::model::ChunkAddr;
+use crate::model::{ChunkAddr, Model};
 use crate::stamp::{BLOCK, mix};
 use anyhow::{Context, Result, bail};
 
@@ -103,6 +103,14 @@ impl Source {
         Self::List(list.into_iter())
     }
 
+    /// Reads of every block the model knows to be written, in pieces of up to `size` bytes.
+    pub fn written(geometry: &Geometry, model: Option<&Model>, size: u32) -> Self {
+        let blocks = model.into_iter().flat_map(|model| {
+            (0..geometry.chunks.len()).flat_map(move |chunk| model.written(chunk).map(move |block| (chunk, block)))
+        });
+        Self::blocks(blocks, size)
+    }
+
     /// How many accesses are left, if that is known.
     pub fn remaining(&self) -> Option<usize> {
         match self {
@@ -194,6 +202,16 @@ pub fn parse_copysets(text: &str) -> Result<Vec<(u32, u32)>> {
         list.extend((first..=last).map(|id| (pool, id)));
     }
     Ok(list)
+}
+
+/// Percent of reads in a mix READ:WRITE.
+pub fn parse_mix(text: &str) -> Result<u32> {
+    let (read, write) = text.split_once(':').context("--mix: want READ:WRITE")?;
+    let (read, write): (u32, u32) = (read.parse().context("--mix")?, write.parse().context("--mix")?);
+    if read.checked_add(write) != Some(100) {
+        bail!("--mix: the two must add up to 100");
+    }
+    Ok(read)
 }
 
 /// A size as people write it: `4096`, `4k`, `16MiB`, `2G` (powers of two).

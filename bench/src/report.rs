@@ -51,7 +51,7 @@ impl OpReport {
     }
 }
 
-/// Everything a run of `bench rpc` found. Numbers that could not be measured are absent.
+/// Everything a run of `bench rpc` or `bench nebd` found. Numbers that could not be measured are absent.
 #[derive(Debug, Clone, Default, Serialize)]
 pub struct Report {
     /// Measured seconds.

@@ -8,7 +8,7 @@ use crate::engine::{Check, Config, Engine};
 use crate::leaders::Leaders;
 use crate::model::{ChunkAddr, Model, Survival};
 use crate::observe::{Delta, Targets};
-use crate::plan::{Geometry, Pace, Pattern, Rng, Source, parse_copysets, parse_size};
+use crate::plan::{Geometry, Pace, Pattern, Rng, Source, parse_copysets, parse_mix, parse_size};
 use crate::report::Report;
 use crate::stamp::{BLOCK, mix};
 use crate::state::State;
@@ -21,12 +21,12 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-const SECOND: u64 = 1_000_000_000;
+pub(crate) const SECOND: u64 = 1_000_000_000;
 /// An open loop stops starting (and lets latency show it) beyond this many unanswered requests per worker.
-const OPEN_INFLIGHT_MAX: usize = 4096;
+pub(crate) const OPEN_INFLIGHT_MAX: usize = 4096;
 /// Requests of this size fill and check: the largest a C++ client sends.
-const SWEEP_SIZE: u32 = 64 << 10;
-const SWEEP_DEPTH: usize = 64;
+pub(crate) const SWEEP_SIZE: u32 = 64 << 10;
+pub(crate) const SWEEP_DEPTH: usize = 64;
 
 /// Options of `bench rpc`.
 #[derive(Debug, Clone, clap::Args)]
@@ -178,11 +178,7 @@ impl Plan {
         if args.rate.is_some_and(|rate| !rate.is_finite() || rate <= 0.0) {
             bail!("--rate must be above 0");
         }
-        let (read, write) = args.mix.split_once(':').context("--mix: want READ:WRITE")?;
-        let (read, write): (u32, u32) = (read.parse().context("--mix")?, write.parse().context("--mix")?);
-        if read.checked_add(write) != Some(100) {
-            bail!("--mix: the two must add up to 100");
-        }
+        let read = parse_mix(&args.mix)?;
         let place = |index: u64| {
             let (pool, copyset) = copysets.get((index % copysets.len() as u64) as usize).copied().unwrap_or_default();
             ChunkAddr { pool, copyset, chunk: args.first_chunk + index }
@@ -215,22 +211,8 @@ impl<'a> Session<'a> {
             // Whom nobody knows yet, redirects will tell.
             setup::find_leaders(&mut leaders, &mut plan.copysets.clone())?;
         }
-        let state = match &args.state {
-            Some(path) if path.exists() || args.verify_only => State::load(path)?,
-            _ => {
-                let time = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH)?.as_nanos() as u64;
-                State::new(mix(time ^ u64::from(std::process::id())), args.seed, fresh)
-            }
-        };
-        let workers = plan.geometries.len();
-        let blocks = |geometry: &Geometry| geometry.span / BLOCK as u32;
-        let models = if args.verify || args.verify_only {
-            let models = plan.geometries.iter().enumerate();
-            let make = |(at, part): (usize, &Geometry)| state.model(at, workers, &part.chunks, blocks(part)).map(Some);
-            models.map(make).collect::<Result<_>>()?
-        } else {
-            plan.geometries.iter().map(|_| None).collect()
-        };
+        let state = State::continued(args.state.as_deref(), args.verify_only, args.seed, fresh)?;
+        let models = state.models(&plan.geometries, args.verify || args.verify_only)?;
         Ok(Self { plan, state, models, leaders, progress: Arc::default() })
     }
 
@@ -330,13 +312,7 @@ impl<'a> Session<'a> {
         let progress = Arc::clone(&self.progress);
         let (stats, survival, _, ()) = self.phase(
             &config,
-            |_, geometry, model| {
-                let blocks = model.into_iter().flat_map(|model| {
-                    (0..geometry.chunks.len())
-                        .flat_map(move |chunk| model.written(chunk).map(move |block| (chunk, block)))
-                });
-                (Source::blocks(blocks, SWEEP_SIZE), Pace::Closed(SWEEP_DEPTH), u64::MAX)
-            },
+            |_, geometry, model| (Source::written(geometry, model, SWEEP_SIZE), Pace::Closed(SWEEP_DEPTH), u64::MAX),
             |_, running| report::progress("check", 0, &progress, running),
         )?;
         if stats.unanswered + stats.failed > 0 {
@@ -381,7 +357,7 @@ impl<'a> Session<'a> {
 }
 
 /// Sleeps until `nanos` after `epoch`, or until the workers are done.
-fn wait_until(epoch: Instant, nanos: u64, running: &AtomicBool) {
+pub(crate) fn wait_until(epoch: Instant, nanos: u64, running: &AtomicBool) {
     while running.load(Ordering::Acquire) {
         let left = Duration::from_nanos(nanos).saturating_sub(epoch.elapsed());
         if left.is_zero() {

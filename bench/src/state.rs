@@ -5,6 +5,8 @@
 //! (temporary file, sync, rename): a killed client leaves the old state, never half a new one.
 
 use crate::model::{ChunkAddr, Initial, Model, SavedBlock};
+use crate::plan::Geometry;
+use crate::stamp::{BLOCK, mix};
 use anyhow::{Context, Result, bail};
 use serde::{Deserialize, Serialize};
 use std::fs;
@@ -47,6 +49,15 @@ impl State {
         Self { format: FORMAT, run, seed, next_seq: 1, initially_zero, chunks: Vec::new() }
     }
 
+    /// The run of a state file, or a new one if there is none (unless one `must` be there).
+    pub fn continued(path: Option<&Path>, must: bool, seed: u64, initially_zero: bool) -> Result<Self> {
+        if let Some(path) = path.filter(|path| must || path.exists()) {
+            return Self::load(path);
+        }
+        let time = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH)?.as_nanos() as u64;
+        Ok(Self::new(mix(time ^ u64::from(std::process::id())), seed, initially_zero))
+    }
+
     /// Reads a state file.
     pub fn load(path: &Path) -> Result<Self> {
         let text = fs::read(path).with_context(|| format!("read {}", path.display()))?;
@@ -85,6 +96,15 @@ impl State {
             }
         }
         Ok(model)
+    }
+
+    /// A model per worker, or none if nothing is checked.
+    pub fn models(&self, parts: &[Geometry], checked: bool) -> Result<Vec<Option<Model>>> {
+        let make = |(at, part): (usize, &Geometry)| {
+            let blocks = part.span / BLOCK as u32;
+            checked.then(|| self.model(at, parts.len(), &part.chunks, blocks)).transpose()
+        };
+        parts.iter().enumerate().map(make).collect()
     }
 
     /// Takes over what the models know; chunks that are not theirs stay as they are.

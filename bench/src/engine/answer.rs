@@ -1,7 +1,8 @@
 //! What an answer (or its absence) leads to: done, failed, or tried again.
 
-use super::{Check, Engine, MS, State, count, first};
+use super::{Engine, MS, State};
 use crate::codec::{self, Reply, WireError};
+use crate::verdict::Answered;
 use std::borrow::Cow;
 
 const SUCCESS: u64 = 0;
@@ -98,40 +99,10 @@ impl Engine {
     fn finish(&mut self, key: usize, data: Option<&[u8]>, now: u64) {
         let Some(op) = self.ops.try_remove(key) else { return };
         self.last_progress = now;
-        let (from, stop) = (self.config.measure_from, self.config.stop_at);
-        let access = op.access;
-        self.stats.answered += 1;
-        if (from..stop).contains(&op.intended) {
-            self.stats.record(access.write, now.saturating_sub(op.intended));
-        }
-        if (from..stop).contains(&now) {
-            self.stats.complete(access.write, u64::from(access.len), now);
-        }
-        let range = (first(&access), count(&access));
-        if let Some(data) = data
-            && data.len() != access.len as usize
-        {
-            let text = format!("chunk {} at {}: {} bytes of {}", access.chunk, access.offset, data.len(), access.len);
-            self.stats.wrong(1, text);
-        }
-        let Some(model) = &mut self.model else { return };
-        let mut bad: Vec<String> = Vec::new();
-        let mut wrong = |violation: crate::model::Violation| bad.push(violation.to_string());
-        match (access.write, self.config.check, op.token) {
-            (true, _, _) => model.end_write(access.chunk, range.0, range.1, op.seq),
-            (false, Check::Judge, Some(token)) => model.end_read(token, access.chunk, range, data, &mut wrong),
-            (false, Check::Settle, _) => {
-                let survival = model.settle(access.chunk, range, data, &mut wrong);
-                self.survival.survived += survival.survived;
-                self.survival.vanished += survival.vanished;
-                self.survival.hidden += survival.hidden;
-            }
-            _ => {}
-        }
-        self.stats.checked_blocks += if access.write { 0 } else { u64::from(range.1) };
-        for text in bad {
-            self.stats.wrong(1, text);
-        }
+        let window = self.config.measure_from..self.config.stop_at;
+        let answered = Answered { access: op.access, intended: op.intended, seq: op.seq, token: op.token, data };
+        let counts = (&mut self.stats, &mut self.survival);
+        answered.count(self.config.check, window, now, self.model.as_mut(), counts);
     }
 
     /// The server refused for good. A write may still have happened on an earlier try: it stays open in the model.
