@@ -284,12 +284,16 @@ impl Server {
             vars.set(format!("nebd_client_pid_{pid}_version"), labels(&client.version));
         }
         vars.int(underscored(&format!("open_file_num_{address}")), table.files.open_count() as u64);
+        // One volume may be open under several names.
+        let mut sums = BTreeMap::<String, u64>::new();
         for (name, running, stat) in table.files.stats() {
-            let prefix = underscored(&format!("curve_client_{}", shown(name)));
-            vars.int(format!("{prefix}_inflight_rpc_num"), u64::from(running));
+            let mut add = |of: String, value: u64| {
+                let sum = sums.entry(underscored(&format!("curve_client_{}_{of}", shown(name)))).or_default();
+                *sum = if of.ends_with("lat_latency") { value.max(*sum) } else { sum.saturating_add(value) };
+            };
+            add("inflight_rpc_num".into(), u64::from(running));
             for (kind, stat) in stat.kinds() {
-                let prefix = format!("{prefix}_{}", kind.name());
-                for (name, value) in [
+                for (of, value) in [
                     ("qps", stat.rate.done),
                     ("rps", stat.rate.done + stat.rate.errors),
                     ("eps", stat.rate.errors),
@@ -299,15 +303,16 @@ impl Server {
                     ("error_num", stat.total.errors),
                     ("io_bytes", stat.total.bytes),
                 ] {
-                    vars.int(format!("{prefix}_{name}"), value);
+                    add(format!("{}_{of}", kind.name()), value);
                 }
             }
         }
+        drop(table);
+        sums.into_iter().for_each(|(name, value)| vars.int(name, value));
     }
 }
 
-/// A file as Curve's client calls it: its path and owner, without type, pool and configuration.
-fn shown(name: &str) -> String {
-    let parsed = super::name::CurveName::parse(name);
-    parsed.map_or_else(|_| name.to_owned(), |name| format!("{}_{}_", name.path, name.user))
+/// A file as Curve's client calls it: its path, without type, pool, owner and configuration.
+fn shown(name: &str) -> &str {
+    super::name::CurveName::parse(name).map_or(name, |name| name.path)
 }
