@@ -111,7 +111,6 @@ pub enum Outcome {
 
 /// What a request of an open file comes to.
 #[derive(Debug)]
-#[expect(clippy::large_enum_variant, reason = "nearly always the large one; a box would be an allocation per I/O")]
 pub enum Run {
     /// Run this I/O.
     Io(VolumeIo),
@@ -161,16 +160,19 @@ pub fn parse(ctx: &Context, now: Instant, call: Call) -> Parsed {
         }
         NebdMethod::KeepAlive => match decode(ctx, now, ticket, body) {
             Ok((ticket, message)) => Parsed::KeepAlive(ticket, message),
-            Err(answered) => Parsed::Answered(answered),
+            Err(answered) => Parsed::Answered(*answered),
         },
     }
 }
 
-fn decode<M: Checked>(ctx: &Context, now: Instant, ticket: Ticket, body: Bytes) -> Result<(Ticket, M), Handled> {
+fn decode<M: Checked>(ctx: &Context, now: Instant, ticket: Ticket, body: Bytes) -> Result<(Ticket, M), Box<Handled>> {
     match proto::decode(body) {
         Ok(message) => Ok((ticket, message)),
         // No client of NEBD sends such a thing. It gets what brpc answers.
-        Err(why) => Err(ticket.fail(ctx, now, code::EREQUEST, &format!("Fail to parse request message: {why}"))),
+        Err(why) => {
+            let text = format!("Fail to parse request message: {why}");
+            Err(Box::new(ticket.fail(ctx, now, code::EREQUEST, &text)))
+        }
     }
 }
 
@@ -184,7 +186,7 @@ fn with<M: Checked>(
 ) -> Parsed {
     let (ticket, message) = match decode(ctx, now, ticket, body) {
         Ok(decoded) => decoded,
-        Err(answered) => return Parsed::Answered(answered),
+        Err(answered) => return Parsed::Answered(*answered),
     };
     match read(message) {
         Some((fd, op)) => Parsed::Call { ticket, fd, op },

@@ -3,6 +3,7 @@
 mod bad;
 mod client;
 mod failures;
+mod leader;
 mod life;
 mod replay;
 mod start;
