@@ -48,7 +48,7 @@ pub const NEBD_FILES_MAX: usize = 16_384;
 /// Longest name of such a file.
 pub const NEBD_NAME_BYTES_MAX: usize = 4096;
 /// Length of NEBD's metafile.
-pub const NEBD_METAFILE_BYTES_MAX: usize = 16 * MIB;
+pub const NEBD_METAFILE_BYTES_MAX: usize = 4 * MIB;
 /// NEBD clients that are remembered for the variables; beyond it the one that was silent longest is forgotten.
 pub const NEBD_CLIENTS_MAX: usize = 4096;
 /// Of a client's version this much is kept.

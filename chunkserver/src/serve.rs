@@ -62,7 +62,8 @@ pub fn run(config: &Config) -> anyhow::Result<ExitCode> {
     let nebd = nebd::Prepared::new(config, wait)?;
     let sockets = Sockets::bind(config, nebd.as_ref(), wait)?;
     let peer = peer_id(sockets.rpc_address)?;
-    let shared = Shared::new(info(config, peer, layout.chunk_size), usize::from(layout.shards));
+    let effective = Config { nebd: nebd.as_ref().map(|n| n.config().clone()), ..config.clone() };
+    let shared = Shared::new(info(&effective, peer, layout.chunk_size), usize::from(layout.shards));
     let bells = Doorbells::new(layout.shards).context("event fds")?;
     let (links, ports) = connect(layout.shards, &bells);
     let (nebd, _nebd_lock) = nebd.map(|prepared| prepared.start(layout.shards, &bells)).unzip();
@@ -89,7 +90,7 @@ pub fn run(config: &Config) -> anyhow::Result<ExitCode> {
         catalog,
         peer: peer.0,
         chunk_size: layout.chunk_size,
-        about: about(config, &layout, peer),
+        about: about(&effective, &layout, peer),
         set_log,
         nebd,
     };
@@ -347,15 +348,23 @@ fn info(config: &Config, peer: PeerId, chunk_size: u32) -> Info {
         chunk_size,
         max_inflight: config.max_inflight_requests as usize,
         version: env!("CARGO_PKG_VERSION").into(),
-        config: shown.into_iter().map(|(k, v)| (k, v.to_string().trim_matches('"').to_owned())).collect(),
+        config: shown.into_iter().flat_map(|(key, value)| flat(key, value)).collect(),
         process: ProcessStats::read,
+    }
+}
+
+/// Keys of a section with its name before them.
+fn flat(key: String, value: toml::Value) -> Vec<(String, String)> {
+    match value {
+        toml::Value::Table(section) => section.into_iter().flat_map(|(k, v)| flat(format!("{key}.{k}"), v)).collect(),
+        plain => vec![(key, plain.to_string().trim_matches('"').to_owned())],
     }
 }
 
 fn about(config: &Config, layout: &crate::chunk::Layout, peer: PeerId) -> serde_json::Value {
     serde_json::json!({
         "version": env!("CARGO_PKG_VERSION"), "pid": std::process::id(), "peer": peer.to_string(),
-        "data": config.data, "nebd_socket": config.nebd.as_ref().map(|n| n.conf.as_ref().unwrap_or(&n.socket)),
+        "data": config.data, "nebd_socket": config.nebd.as_ref().map(|n| &n.socket),
         "nbd_socket": config.nbd_socket, "nbd_listen": config.nbd_listen,
         "chunk_size": layout.chunk_size, "slots": layout.slot_count, "disk_size": layout.size,
     })

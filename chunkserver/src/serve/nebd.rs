@@ -36,6 +36,11 @@ impl Prepared {
         Ok(Some(Self { config, metafile, _lock: lock }))
     }
 
+    /// What is served.
+    pub(super) fn config(&self) -> &NebdConfig {
+        &self.config
+    }
+
     /// The listening socket. From here on clients can connect, and wait.
     pub(super) fn listen(&self) -> anyhow::Result<Socket> {
         let path = &self.config.socket;
