@@ -8,6 +8,8 @@ use std::path::{Path, PathBuf};
 
 /// Block numbers of an arena have 32 bits; far below that, nobody has the memory.
 const MEMORY_MAX: u64 = 1 << 40;
+/// `sun_path` of a Unix socket's address, its final NUL included.
+const SOCKET_PATH_BYTES: usize = 108;
 const DAY_MS: u64 = 24 * 60 * 60 * 1000;
 
 /// Configuration of a server. Sizes are written as `"64MiB"`, durations end in their unit.
@@ -45,6 +47,57 @@ pub struct Config {
     pub start_wait_ms: u64,
     /// Log filter: `error`, `warn`, `info`, `debug`, `trace`, or per module as `info,chunkserver::shard=debug`.
     pub log: String,
+    /// NEBD part2, for clients of Curve's libnebd: a section of its own; not served without it.
+    pub nebd: Option<NebdConfig>,
+}
+
+/// Section `[nebd]`: part2 of NEBD.
+#[derive(Clone, Debug, Deserialize, Serialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct NebdConfig {
+    /// A `nebd-server.conf` of Curve, read in place of the keys below.
+    pub conf: Option<PathBuf>,
+    /// Unix socket of the clients; at most 107 bytes. `<socket>.lock` is locked while it is served.
+    pub socket: PathBuf,
+    /// File that remembers which files are open, in the format of the original.
+    pub metafile: PathBuf,
+    /// A file without heartbeat for so long is closed, seconds; its record stays, and its next request opens it again.
+    pub heartbeat_timeout_s: u64,
+    /// Between two looks for such files, milliseconds.
+    pub heartbeat_check_ms: u64,
+    /// Answer a request whose I/O failed with an error; otherwise it stays unanswered and is tried again.
+    pub return_io_errors: bool,
+}
+
+impl Default for NebdConfig {
+    fn default() -> Self {
+        Self {
+            conf: None,
+            socket: PathBuf::from("/data/nebd/nebd.sock"),
+            metafile: PathBuf::from("/data/nebd/nebdserver.meta"),
+            heartbeat_timeout_s: 30,
+            heartbeat_check_ms: 3000,
+            return_io_errors: false,
+        }
+    }
+}
+
+impl NebdConfig {
+    /// Check what the parser cannot.
+    ///
+    /// # Errors
+    /// [`ConfigError::Value`].
+    pub fn check(&self) -> Result<(), ConfigError> {
+        let bad = |key, message: String| Err(ConfigError::Value { key, message });
+        let length = self.socket.as_os_str().len();
+        if length == 0 || length >= SOCKET_PATH_BYTES {
+            return bad("nebd.socket", format!("a path of 1 to {} bytes, not {length}", SOCKET_PATH_BYTES - 1));
+        }
+        if self.heartbeat_timeout_s == 0 || self.heartbeat_check_ms == 0 || self.heartbeat_check_ms > DAY_MS {
+            return bad("nebd.heartbeat_timeout_s, nebd.heartbeat_check_ms", "must not be 0, nor a day between".into());
+        }
+        Ok(())
+    }
 }
 
 impl Default for Config {
@@ -65,6 +118,7 @@ impl Default for Config {
             election_timeout_ms: 1_000,
             start_wait_ms: 5_000,
             log: "info".into(),
+            nebd: None,
         }
     }
 }
@@ -136,7 +190,7 @@ impl Config {
         if self.election_timeout_ms < 50 {
             return bad("election_timeout_ms", "at least 50");
         }
-        Ok(())
+        self.nebd.as_ref().map_or(Ok(()), NebdConfig::check)
     }
 
     /// Check what depends on the disk.

@@ -11,6 +11,7 @@ pub mod limits;
 pub mod mailbox;
 pub mod metrics;
 pub mod nbd;
+pub mod nebd;
 pub mod peer;
 pub mod reactor;
 pub mod rpc;

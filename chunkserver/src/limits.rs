@@ -43,6 +43,19 @@ pub const MAILBOX_DEPTH: usize = 4096;
 /// Largest NBD read or write.
 pub const NBD_REQUEST_BYTES_MAX: usize = 32 * MIB;
 
+/// Files that NEBD clients have open or on record.
+pub const NEBD_FILES_MAX: usize = 16_384;
+/// Longest name of such a file.
+pub const NEBD_NAME_BYTES_MAX: usize = 4096;
+/// Length of NEBD's metafile.
+pub const NEBD_METAFILE_BYTES_MAX: usize = 4 * MIB;
+/// NEBD clients that are remembered for the variables; beyond it the one that was silent longest is forgotten.
+pub const NEBD_CLIENTS_MAX: usize = 4096;
+/// Of a client's version this much is kept.
+pub const NEBD_VERSION_BYTES_MAX: usize = 64;
+/// Largest NEBD read, and largest write where a quarter of the payload arena is not less.
+pub const NEBD_READ_BYTES_MAX: usize = NBD_REQUEST_BYTES_MAX;
+
 /// Bytes queued for one peer's shard on its data connection; what finds no room is lost, and raft is told.
 pub const PEER_DATA_BYTES_MAX: usize = 16 * MIB;
 /// The same on the connection for votes and heartbeats.

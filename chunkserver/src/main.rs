@@ -130,6 +130,12 @@ struct ServeArgs {
     /// TCP address for NBD
     #[arg(long)]
     nbd_listen: Option<SocketAddr>,
+    /// Unix socket for NEBD; see `[nebd]` for the rest
+    #[arg(long)]
+    nebd_socket: Option<PathBuf>,
+    /// NEBD as a `nebd-server.conf` of Curve says
+    #[arg(long)]
+    nebd_conf: Option<PathBuf>,
     /// Payload bytes per shard that may wait for write-back
     #[arg(long)]
     dirty_limit: Option<ByteSize>,
@@ -337,6 +343,11 @@ fn configure(args: ServeArgs) -> anyhow::Result<Config> {
     config.catalog = args.catalog.or(config.catalog);
     config.nbd_socket = args.nbd_socket.or(config.nbd_socket);
     config.nbd_listen = args.nbd_listen.or(config.nbd_listen);
+    if args.nebd_socket.is_some() || args.nebd_conf.is_some() {
+        let nebd = config.nebd.get_or_insert_default();
+        nebd.conf = args.nebd_conf.or(nebd.conf.take());
+        nebd.socket = args.nebd_socket.unwrap_or(std::mem::take(&mut nebd.socket));
+    }
     config.check()?;
     Ok(config)
 }

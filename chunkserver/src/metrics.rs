@@ -232,6 +232,10 @@ counters! {
     NonService = "non_service_error_num",
     /// NBD requests.
     NbdRequests = "nbd_request_num",
+    /// NEBD requests, signs of life apart.
+    NebdRequests = "nebd_request_num",
+    /// NEBD requests whose I/O failed and that were left unanswered.
+    NebdParked = "nebd_parked_num",
     /// HTTP requests.
     HttpRequests = "http_request_num",
     /// Connections to peers that are up (a gauge).

@@ -4,6 +4,7 @@
 //! from the turn, not from a knob.
 
 mod drain;
+mod nebd;
 mod peers;
 mod routing;
 mod sockets;
@@ -15,6 +16,7 @@ use crate::limits;
 use crate::mailbox::{Mail, Mailbox};
 use crate::metrics::Counter;
 use crate::nbd;
+use crate::nebd::server::Server as NebdServer;
 use crate::peer::{PeerCounts, PeerEvent, Peers};
 use crate::rpc;
 use crate::service::{self, Context, Shared};
@@ -35,6 +37,8 @@ pub enum Protocol {
     Rpc = 0,
     /// NBD.
     Nbd = 1,
+    /// NEBD, and HTTP.
+    Nebd = 2,
 }
 
 /// What a reactor is made of, apart from its shard and its kernel.
@@ -46,6 +50,8 @@ pub struct Setup {
     pub shared: Arc<Shared>,
     /// Volumes, for NBD.
     pub catalog: SharedCatalog,
+    /// NEBD's part2, if it is served.
+    pub nebd: Option<Arc<NebdServer>>,
     /// To the other shards.
     pub mailbox: Mailbox,
     /// To the control thread, if there is one.
@@ -69,6 +75,12 @@ enum Owner {
     Connect = 7,
 }
 
+/// Largest NEBD write of a shard with these buffers, bytes: one buffer holds it, and others have room beside it.
+fn nebd_payload(arenas: &Arenas) -> usize {
+    let quarter = (arenas.payload.size() / 4).max(limits::BLOCK);
+    limits::NEBD_READ_BYTES_MAX.min(1 << quarter.ilog2())
+}
+
 const SERIAL_MASK: u32 = 0x00ff_ffff;
 /// Passes over a turn's consequences before the kernel is asked again.
 const PASSES_MAX: usize = 8;
@@ -86,6 +98,8 @@ pub struct Reactor<I: Io> {
     setup: Setup,
     context: Context,
     options: rpc::Options,
+    nebd_options: rpc::Options,
+    nebd: Option<nebd::Nebd>,
     conns: Slab<Conn>,
     /// Connections with bytes that could not be used yet, or that must be armed again.
     unread: Vec<usize>,
@@ -132,6 +146,8 @@ impl<I: Io> Reactor<I> {
         let context = Context::new(Arc::clone(&setup.shared), usize::from(number));
         let me = peers::identity(&context, &setup.layout, number);
         let options = rpc::Options { route: service::route, chunk_size: setup.layout.chunk_size as usize };
+        let nebd_options = rpc::Options { route: service::nebd_route, chunk_size: nebd_payload(&setup.arenas) };
+        let nebd = setup.nebd.clone().map(nebd::Nebd::new);
         let now = io.now();
         Self {
             io,
@@ -140,6 +156,8 @@ impl<I: Io> Reactor<I> {
             shards: setup.layout.shards,
             context,
             options,
+            nebd_options,
+            nebd,
             conns: Slab::new(),
             unread: Vec::new(),
             touched: Vec::new(),
@@ -212,6 +230,7 @@ impl<I: Io> Reactor<I> {
         self.completions = completions;
         self.receive_mail();
         self.receive_control();
+        self.nebd_step();
         self.fire_timers();
         self.accept_more();
         self.drain_step();
@@ -306,7 +325,7 @@ impl<I: Io> Reactor<I> {
         if let Some(std::cmp::Reverse((at, ..))) = self.timers.peek() {
             deadline = deadline.min(*at);
         }
-        if let Some(at) = self.accept_again {
+        for at in [self.accept_again, self.nebd.as_ref().and_then(nebd::Nebd::deadline)].into_iter().flatten() {
             deadline = deadline.min(at);
         }
         if !self.unread.is_empty() {
@@ -335,7 +354,8 @@ impl<I: Io> Reactor<I> {
             self.io.submit(token(Owner::Close, 0, 0xffff_ffff), Op::Close { conn });
             return;
         }
-        let protocol = if protocol == Protocol::Nbd as u8 { Protocol::Nbd } else { Protocol::Rpc };
+        let all = [Protocol::Rpc, Protocol::Nbd, Protocol::Nebd];
+        let protocol = all.into_iter().find(|p| *p as u8 == protocol).unwrap_or(Protocol::Rpc);
         self.serve(conn, protocol);
     }
 }

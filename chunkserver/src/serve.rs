@@ -1,5 +1,7 @@
 //! `chunkserver serve`: put the parts together, wait for a signal or a failure, stop in good order.
 
+mod nebd;
+
 use crate::chunk::ExtentPool;
 use crate::config::Config;
 use crate::control::disk::Disk;
@@ -10,6 +12,8 @@ use crate::io::uring::{self, Doorbells, RingCounters, Setup as RingSetup, Uring}
 use crate::io::{Io, ListenerId};
 use crate::mailbox::{Mailbox, mesh};
 use crate::metrics::ProcessStats;
+use crate::metrics::text::{Var, Vars};
+use crate::nebd::server::Server as NebdServer;
 use crate::reactor::{Protocol, Reactor, Setup};
 use crate::service::{Info, Shared};
 use crate::shard::{self, Arenas, Shard};
@@ -55,11 +59,17 @@ pub fn run(config: &Config) -> anyhow::Result<ExitCode> {
     let layout = disk.layout.clone();
     config.check_disk(layout.chunk_size)?;
     let catalog = CatalogStore::open(&config.catalog())?;
-    let sockets = Sockets::bind(config, wait)?;
+    let nebd = nebd::Prepared::new(config, wait)?;
+    let sockets = Sockets::bind(config, nebd.as_ref(), wait)?;
     let peer = peer_id(sockets.rpc_address)?;
-    let shared = Shared::new(info(config, peer, layout.chunk_size), usize::from(layout.shards));
+    let effective = Config { nebd: nebd.as_ref().map(|n| n.config().clone()), ..config.clone() };
+    let shared = Shared::new(info(&effective, peer, layout.chunk_size), usize::from(layout.shards));
     let bells = Doorbells::new(layout.shards).context("event fds")?;
     let (links, ports) = connect(layout.shards, &bells);
+    let (nebd, _nebd_lock) = nebd.map(|prepared| prepared.start(layout.shards, &bells)).unzip();
+    if let Some(setup) = &nebd {
+        show_nebd(&shared, &setup.server);
+    }
     let (events, happened) = channel();
     watch_signals(events.clone())?;
 
@@ -68,6 +78,7 @@ pub fn run(config: &Config) -> anyhow::Result<ExitCode> {
         disk: &disk,
         shared: &shared,
         catalog: catalog.shared(),
+        nebd: nebd.as_ref().map(|setup| Arc::clone(&setup.server)),
         bells: &bells,
         peer,
         sockets: &sockets,
@@ -79,8 +90,9 @@ pub fn run(config: &Config) -> anyhow::Result<ExitCode> {
         catalog,
         peer: peer.0,
         chunk_size: layout.chunk_size,
-        about: about(config, &layout, peer),
+        about: about(&effective, &layout, peer),
         set_log,
+        nebd,
     };
     let ctl_socket = config.ctl_socket();
     std::thread::Builder::new().name("control".into()).spawn(move || {
@@ -133,6 +145,7 @@ struct Parts<'a> {
     disk: &'a Disk,
     shared: &'a Arc<Shared>,
     catalog: SharedCatalog,
+    nebd: Option<Arc<NebdServer>>,
     bells: &'a Arc<Doorbells>,
     peer: PeerId,
     sockets: &'a Sockets,
@@ -217,6 +230,7 @@ impl Parts<'_> {
             listeners,
             shared: Arc::clone(self.shared),
             catalog: self.catalog.clone(),
+            nebd: self.nebd.clone(),
             mailbox,
             control: Some(port),
             arenas,
@@ -256,7 +270,7 @@ struct Sockets {
 }
 
 impl Sockets {
-    fn bind(config: &Config, wait: Duration) -> anyhow::Result<Self> {
+    fn bind(config: &Config, nebd: Option<&nebd::Prepared>, wait: Duration) -> anyhow::Result<Self> {
         let until = Instant::now() + wait;
         let rpc = tcp(config.listen, until).with_context(|| format!("listen on {}", config.listen))?;
         let rpc_address = rpc.local_addr()?.as_socket().context("an IP address")?;
@@ -266,6 +280,9 @@ impl Sockets {
         }
         if let Some(path) = &config.nbd_socket {
             all.push((unix(path).with_context(|| format!("listen on {}", path.display()))?, Protocol::Nbd));
+        }
+        if let Some(nebd) = nebd {
+            all.push((nebd.listen()?, Protocol::Nebd));
         }
         Ok(Self { all, rpc_address })
     }
@@ -305,6 +322,18 @@ fn unix(path: &Path) -> std::io::Result<Socket> {
     Ok(socket)
 }
 
+/// Part2's variables on the pages. Curve's tools take the process's command line from there, too.
+fn show_nebd(shared: &Arc<Shared>, server: &Arc<NebdServer>) {
+    let server = Arc::clone(server);
+    let (version, address) = (shared.info().version.clone(), shared.info().address());
+    let command: Vec<String> = std::env::args().collect();
+    let command = command.join(" ").replace('"', "'");
+    shared.set_nebd_vars(Box::new(move |vars: &mut Vars| {
+        server.vars(&version, &address, vars);
+        vars.set("process_cmdline", Var::Text(command.clone()));
+    }));
+}
+
 fn peer_id(address: SocketAddr) -> anyhow::Result<PeerId> {
     match address.ip() {
         IpAddr::V4(ip) => Ok(PeerId::new(ip, address.port(), 0)),
@@ -319,15 +348,24 @@ fn info(config: &Config, peer: PeerId, chunk_size: u32) -> Info {
         chunk_size,
         max_inflight: config.max_inflight_requests as usize,
         version: env!("CARGO_PKG_VERSION").into(),
-        config: shown.into_iter().map(|(k, v)| (k, v.to_string().trim_matches('"').to_owned())).collect(),
+        config: shown.into_iter().flat_map(|(key, value)| flat(key, value)).collect(),
         process: ProcessStats::read,
+    }
+}
+
+/// Keys of a section with its name before them.
+fn flat(key: String, value: toml::Value) -> Vec<(String, String)> {
+    match value {
+        toml::Value::Table(section) => section.into_iter().flat_map(|(k, v)| flat(format!("{key}.{k}"), v)).collect(),
+        plain => vec![(key, plain.to_string().trim_matches('"').to_owned())],
     }
 }
 
 fn about(config: &Config, layout: &crate::chunk::Layout, peer: PeerId) -> serde_json::Value {
     serde_json::json!({
         "version": env!("CARGO_PKG_VERSION"), "pid": std::process::id(), "peer": peer.to_string(),
-        "data": config.data, "nbd_socket": config.nbd_socket, "nbd_listen": config.nbd_listen,
+        "data": config.data, "nebd_socket": config.nebd.as_ref().map(|n| &n.socket),
+        "nbd_socket": config.nbd_socket, "nbd_listen": config.nbd_listen,
         "chunk_size": layout.chunk_size, "slots": layout.slot_count, "disk_size": layout.size,
     })
 }

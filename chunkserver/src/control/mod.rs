@@ -3,6 +3,8 @@
 pub mod ctl;
 pub mod disk;
 pub mod inspect;
+pub mod local;
+pub mod nebd;
 pub mod remote;
 pub mod server;
 pub mod shards;

@@ -1,6 +1,8 @@
 //! The control thread: serves `ctl.sock`, owns the catalog. Runs on tokio-uring; no data passes here.
 
 use super::ctl::{Answer, Command, LINE_BYTES_MAX};
+use super::local::LocalExecutor;
+use super::nebd;
 use super::shards::{Links, NoAnswer, Shards};
 use crate::shard::request::{AdminOp, ChunkOp, CopysetStatus, Outcome, Reply, ReplyData, RequestOp};
 use crate::volume::Volume;
@@ -41,6 +43,8 @@ pub struct Setup {
     pub about: Value,
     /// See [`SetLog`].
     pub set_log: SetLog,
+    /// NEBD's worker, if it is served.
+    pub nebd: Option<nebd::Setup>,
 }
 
 impl std::fmt::Debug for Setup {
@@ -51,7 +55,7 @@ impl std::fmt::Debug for Setup {
 
 struct Server {
     shards: Shards,
-    catalog: RefCell<CatalogStore>,
+    catalog: Rc<RefCell<CatalogStore>>,
     peer: u64,
     chunk_size: u32,
     about: Value,
@@ -63,17 +67,21 @@ struct Server {
 /// # Errors
 /// When the socket cannot be made.
 pub fn run(setup: Setup) -> std::io::Result<()> {
-    let Setup { socket, links, catalog, peer, chunk_size, about, set_log } = setup;
+    let Setup { socket, links, catalog, peer, chunk_size, about, set_log, nebd } = setup;
     tokio_uring::start(async move {
-        let listener = bind(&socket)?;
-        let server = Rc::new(Server {
-            shards: Shards::new(links),
-            catalog: RefCell::new(catalog),
-            peer,
-            chunk_size,
-            about,
-            set_log,
-        });
+        let catalog = Rc::new(RefCell::new(catalog));
+        let with_nebd = nebd.is_some();
+        if let Some(setup) = nebd {
+            nebd::spawn(setup, Rc::new(LocalExecutor::new(Rc::clone(&catalog))));
+        }
+        let listener = match bind(&socket) {
+            Err(error) if with_nebd => {
+                tracing::error!(%error, "the command socket is not served");
+                return std::future::pending().await; // clients' files still need their worker
+            }
+            other => other?,
+        };
+        let server = Rc::new(Server { shards: Shards::new(links), catalog, peer, chunk_size, about, set_log });
         let resume = Rc::clone(&server);
         tokio_uring::spawn(async move { resume.finish_deletions().await });
         loop {

@@ -9,7 +9,7 @@ use crate::control::shards::CONTROL;
 use crate::io::{Io, Op, ShardId};
 use crate::metrics::Counter;
 use crate::nbd::NbdEvent;
-use crate::rpc::Incoming;
+use crate::rpc::{self, Incoming};
 use crate::service::{self, Handled, Pending};
 use crate::shard::request::{Origin, Reply, Request, RequestOp};
 use crate::volume::io::{Progress, VolumeIo};
@@ -23,7 +23,7 @@ pub(super) const ACCEPT_TIMER: usize = 1 << 31;
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Client {
     pub(super) index: usize,
-    serial: u32,
+    pub(super) serial: u32,
 }
 
 /// Who waits for a reply.
@@ -48,13 +48,22 @@ pub(super) struct Gather {
     replies: Vec<Reply>,
 }
 
-/// An NBD request in progress.
+/// Whose a volume I/O is.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum Whose {
+    /// The request of this number, of an NBD session.
+    Nbd(u32),
+    /// The NEBD call in this slot.
+    Nebd(usize),
+}
+
+/// A volume I/O in progress.
 #[derive(Debug)]
 pub(super) struct Job {
-    client: Client,
-    id: u32,
-    io: VolumeIo,
-    serial: u32,
+    pub(super) client: Client,
+    pub(super) whose: Whose,
+    pub(super) io: VolumeIo,
+    pub(super) serial: u32,
 }
 
 impl<I: Io> Reactor<I> {
@@ -73,7 +82,7 @@ impl<I: Io> Reactor<I> {
                 NbdEvent::Io { id, io } => {
                     self.context.metrics().add(Counter::NbdRequests, 1);
                     let serial = self.next_serial();
-                    let job = self.jobs.insert(Job { client, id, io, serial });
+                    let job = self.jobs.insert(Job { client, whose: Whose::Nbd(id), io, serial });
                     self.drive(job);
                 }
                 NbdEvent::Disconnect => self.touch(index),
@@ -83,9 +92,12 @@ impl<I: Io> Reactor<I> {
     }
 
     fn call(&mut self, client: Client, incoming: Incoming) {
-        if let Incoming::Greeting(greeting) = incoming {
-            return self.greeted(client, greeting);
-        }
+        let nebd = self.conns.get(client.index).is_some_and(|conn| matches!(conn.session, Session::Nebd(_)));
+        let incoming = match incoming {
+            Incoming::Greeting(greeting) if !nebd => return self.greeted(client, greeting),
+            Incoming::Call(call) if nebd => return self.nebd_call(client, call),
+            other => other,
+        };
         let handled = service::handle(&self.context, self.io.now(), incoming);
         self.handled(client, handled);
     }
@@ -93,19 +105,13 @@ impl<I: Io> Reactor<I> {
     pub(super) fn handled(&mut self, client: Client, handled: Handled) {
         match handled {
             Handled::Reply(out) => {
-                if let Some(conn) = self.conns.get_mut(client.index).filter(|c| c.serial == client.serial)
-                    && let Session::Rpc(session) = &mut conn.session
-                {
+                if let Some(session) = self.rpc_session(client) {
                     session.push_reply(out);
                     self.touch(client.index);
                 }
             }
             Handled::Shard { copyset, op, charge, pending } => {
-                if let Some(conn) = self.conns.get_mut(client.index).filter(|c| c.serial == client.serial)
-                    && let Session::Rpc(session) = &mut conn.session
-                {
-                    session.charge(charge);
-                }
+                self.charge(client, charge);
                 self.ask(copyset, op, Whom::Call(client, pending));
             }
             Handled::AllShards { op, pending } => {
@@ -116,6 +122,26 @@ impl<I: Io> Reactor<I> {
                 }
             }
         }
+    }
+
+    /// The connection of this client, if it is the same still.
+    pub(super) fn rpc_session(&mut self, client: Client) -> Option<&mut rpc::Connection> {
+        let conn = self.conns.get_mut(client.index).filter(|c| c.serial == client.serial)?;
+        match &mut conn.session {
+            Session::Rpc(session) | Session::Nebd(session) => Some(session),
+            _ => None,
+        }
+    }
+
+    pub(super) fn charge(&mut self, client: Client, bytes: usize) {
+        if let Some(session) = self.rpc_session(client) {
+            session.charge(bytes);
+        }
+    }
+
+    /// Whether an answer for this client would be sent.
+    pub(super) fn is_connected(&self, client: Client) -> bool {
+        self.conns.get(client.index).is_some_and(|c| c.serial == client.serial && !c.is_doomed())
     }
 
     fn ask(&mut self, copyset: CopysetId, op: RequestOp, whom: Whom) {
@@ -177,7 +203,11 @@ impl<I: Io> Reactor<I> {
         match job.io.reply(part, reply, now) {
             Progress::More | Progress::Retry { .. } => self.drive(key),
             Progress::Done(result) => {
-                let Job { client, id, .. } = self.jobs.remove(key);
+                let Job { client, whose, .. } = self.jobs.remove(key);
+                let id = match whose {
+                    Whose::Nbd(id) => id,
+                    Whose::Nebd(slot) => return self.nebd_done(slot, result),
+                };
                 if let Some(conn) = self.conns.get_mut(client.index).filter(|c| c.serial == client.serial)
                     && let Session::Nbd(session) = &mut conn.session
                 {
@@ -189,7 +219,7 @@ impl<I: Io> Reactor<I> {
     }
 
     /// Send what a volume I/O may send now.
-    fn drive(&mut self, key: usize) {
+    pub(super) fn drive(&mut self, key: usize) {
         let now = self.io.now();
         while let Some(part) = self.jobs.get_mut(key).and_then(|job| job.io.next_part(now)) {
             self.ask(part.copyset, part.op, Whom::Volume { job: key, part: part.part });

@@ -24,6 +24,8 @@ const ACCEPT_PAUSE_MS: u64 = 50;
 #[derive(Debug)]
 pub(super) enum Session {
     Rpc(Box<rpc::Connection>),
+    /// The same bytes, other methods.
+    Nebd(Box<rpc::Connection>),
     Nbd(Box<nbd::Session>),
     /// A peer called us.
     Peer(Box<peer::Inbound>),
@@ -61,13 +63,14 @@ impl Conn {
     fn gone(&self) -> bool {
         self.close_done && !self.receiving && !self.sending
     }
-    pub(super) fn is_nbd(&self) -> bool {
-        matches!(self.session, Session::Nbd(_))
+    /// Its client is a disk's user: while the server stops, nothing new is read from it.
+    pub(super) fn is_of_a_volume(&self) -> bool {
+        matches!(self.session, Session::Nbd(_) | Session::Nebd(_))
     }
     /// In the middle of a payload, with memory for all of it.
     fn holds_payload(&self) -> bool {
         match &self.session {
-            Session::Rpc(c) => c.holds_payload(),
+            Session::Rpc(c) | Session::Nebd(c) => c.holds_payload(),
             Session::Nbd(s) => s.holds_payload(),
             Session::Peer(p) => p.holds_payload(),
             Session::Link(_) => false,
@@ -77,6 +80,8 @@ impl Conn {
     pub(super) fn is_quiet(&self) -> bool {
         match &self.session {
             Session::Rpc(c) => c.requests() == 0 && c.backlog_bytes() == 0,
+            // What is unanswered and not running is sent again, to whoever serves next.
+            Session::Nebd(c) => c.backlog_bytes() == 0,
             Session::Nbd(s) => s.requests_in_flight() == 0 && s.backlog_bytes() == 0,
             Session::Peer(_) | Session::Link(_) => true, // nobody waits for an answer
         }
@@ -145,6 +150,7 @@ impl<I: Io> Reactor<I> {
     pub(super) fn serve(&mut self, id: ConnId, protocol: Protocol) {
         let session = match protocol {
             Protocol::Rpc => Session::Rpc(Box::new(rpc::Connection::new(self.options))),
+            Protocol::Nebd => Session::Nebd(Box::new(rpc::Connection::new(self.nebd_options))),
             Protocol::Nbd => {
                 let session = nbd::Session::new(self.setup.catalog.clone(), nbd::Limits::default());
                 Session::Nbd(Box::new(session))
@@ -223,7 +229,7 @@ impl<I: Io> Reactor<I> {
         }
         self.context.metrics().add(Counter::BytesIn, added as u64);
         match &mut conn.session {
-            Session::Rpc(c) => c.direct_done(buf, added, &mut self.incoming),
+            Session::Rpc(c) | Session::Nebd(c) => c.direct_done(buf, added, &mut self.incoming),
             Session::Nbd(s) => s.direct_done(now, buf, added, &mut self.nbd_events),
             Session::Peer(p) => {
                 p.direct_done(buf, added);
@@ -249,7 +255,7 @@ impl<I: Io> Reactor<I> {
         let arena = &self.setup.arenas.payload;
         let mut more = false;
         let (waits, starved, failed) = match &mut conn.session {
-            Session::Rpc(c) => match c.received(&mut rest, arena, &mut self.incoming) {
+            Session::Rpc(c) | Session::Nebd(c) => match c.received(&mut rest, arena, &mut self.incoming) {
                 Ok(rpc::Progress::Consumed) => (false, false, None),
                 Ok(rpc::Progress::More) => {
                     more = true;
@@ -351,7 +357,7 @@ impl<I: Io> Reactor<I> {
     fn start_send(&mut self, index: usize) {
         let Some(conn) = self.conns.get_mut(index).filter(|c| !c.sending && !c.doomed) else { return };
         let (bufs, finished) = match &mut conn.session {
-            Session::Rpc(c) => (c.take_send(SEND_BUFS), c.is_finished()),
+            Session::Rpc(c) | Session::Nebd(c) => (c.take_send(SEND_BUFS), c.is_finished()),
             Session::Nbd(s) => (s.take_send().into_iter().collect(), s.is_finished()),
             Session::Peer(p) => (p.take_send(SEND_BUFS), p.is_finished()),
             Session::Link(link) => (self.peers.take_send(*link, SEND_BUFS), false),
@@ -367,13 +373,13 @@ impl<I: Io> Reactor<I> {
     }
 
     fn start_receive(&mut self, index: usize) {
-        let stop_nbd = self.draining.is_some();
+        let draining = self.draining.is_some();
         let Some(conn) = self.conns.get_mut(index) else { return };
-        if conn.doomed || conn.receiving || conn.input.is_some() || (stop_nbd && conn.is_nbd()) {
+        if conn.doomed || conn.receiving || conn.input.is_some() || (draining && conn.is_of_a_volume()) {
             return;
         }
         let (may, direct) = match &mut conn.session {
-            Session::Rpc(c) => (c.may_receive(), c.direct()),
+            Session::Rpc(c) | Session::Nebd(c) => (c.may_receive(), c.direct()),
             Session::Nbd(s) => (s.may_receive(), s.direct()),
             Session::Peer(p) => (p.may_receive(), p.direct()),
             Session::Link(_) => (true, None),
@@ -392,7 +398,7 @@ impl<I: Io> Reactor<I> {
     fn list_if_hungry(&mut self, index: usize) {
         let Some(conn) = self.conns.get_mut(index) else { return };
         let hungry = match &conn.session {
-            Session::Rpc(c) => c.wants_buffer().is_some(),
+            Session::Rpc(c) | Session::Nebd(c) => c.wants_buffer().is_some(),
             Session::Nbd(s) => s.wants_buffer(),
             Session::Peer(p) => p.wants_buffer(),
             Session::Link(_) => false,
@@ -408,7 +414,7 @@ impl<I: Io> Reactor<I> {
         let Some(conn) = self.conns.get_mut(index).filter(|c| c.serial == serial) else { return };
         conn.sending = false;
         match &mut conn.session {
-            Session::Rpc(c) => c.sent(),
+            Session::Rpc(c) | Session::Nebd(c) => c.sent(),
             Session::Nbd(s) => s.sent(),
             Session::Peer(p) => p.sent(),
             Session::Link(_) if conn.doomed => {} // the link has forgotten this connection
@@ -426,7 +432,11 @@ impl<I: Io> Reactor<I> {
             let first = !std::mem::replace(&mut conn.doomed, true);
             conn.input = None;
             let link = if let Session::Link(link) = conn.session { Some(link) } else { None };
+            let nebd = matches!(conn.session, Session::Nebd(_));
             self.touch(index);
+            if nebd && first {
+                self.nebd_hangup(index);
+            }
             if let Some(link) = link.filter(|_| first) {
                 self.unlinked(link);
             }

@@ -434,6 +434,12 @@ impl Connection {
         self.held += bytes;
     }
 
+    /// Take bytes that an unanswered request counts out of the budget; its [`Out::cost`] must not have them any more.
+    pub fn release(&mut self, bytes: usize) {
+        assert!(self.held >= bytes, "more than is held");
+        self.held -= bytes;
+    }
+
     /// Queue a reply.
     pub fn push_reply(&mut self, reply: Out) {
         assert!(self.requests > 0 && self.held >= reply.cost, "a reply to nothing");

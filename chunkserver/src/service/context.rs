@@ -5,12 +5,13 @@
 
 use super::fence::{Fences, View};
 use crate::io::Instant;
+use crate::metrics::text::Vars;
 use crate::metrics::{ProcessStats, Registry, ShardMetrics, process::Reader};
 use bytes::{Bytes, BytesMut};
 use copyset::PeerId;
 use std::cell::RefCell;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 /// Who this server is; does not change while it runs.
 #[derive(Clone, Debug)]
@@ -42,8 +43,10 @@ impl Info {
 #[repr(align(128))]
 struct Slot(AtomicUsize);
 
+/// Adds variables to the pages that rooms further up know.
+pub type MoreVars = Box<dyn Fn(&mut Vars) + Send + Sync>;
+
 /// What all shards of a server share.
-#[derive(Debug)]
 pub struct Shared {
     info: Info,
     registry: Registry,
@@ -53,6 +56,13 @@ pub struct Shared {
     loaded: AtomicBool,
     inflight: Box<[Slot]>,
     cpu: Mutex<(Instant, ProcessStats)>,
+    nebd: OnceLock<MoreVars>,
+}
+
+impl std::fmt::Debug for Shared {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Shared").field("info", &self.info).finish_non_exhaustive()
+    }
 }
 
 impl Shared {
@@ -68,7 +78,15 @@ impl Shared {
             loaded: AtomicBool::new(false),
             inflight: (0..shards).map(|_| Slot::default()).collect(),
             cpu: Mutex::default(),
+            nebd: OnceLock::new(),
         })
+    }
+    /// NEBD is served too: show its methods, and these variables. Once.
+    pub fn set_nebd_vars(&self, vars: MoreVars) {
+        let _ = self.nebd.set(vars);
+    }
+    pub(super) fn nebd_vars(&self) -> Option<&MoreVars> {
+        self.nebd.get()
     }
     /// Who this server is.
     #[must_use]

@@ -15,9 +15,9 @@ mod pages;
 mod raft_stat;
 mod table;
 
-pub use context::{Context, Info, Shared};
+pub use context::{Context, Info, MoreVars, Shared};
 pub use fence::Fences;
-pub use table::route;
+pub use table::{NebdMethod, nebd_method, nebd_route, route};
 
 use crate::io::Instant;
 use crate::metrics::Counter;
@@ -70,7 +70,7 @@ enum Step {
 
 /// What every reply needs to know of its call.
 #[derive(Debug)]
-struct Ticket {
+pub struct Ticket {
     method: MethodId,
     correlation_id: i64,
     cost: usize,
@@ -80,12 +80,35 @@ struct Ticket {
 }
 
 /// Data of a reply.
-type Parts = SmallVec<[Bytes; 2]>;
+pub type Parts = SmallVec<[Bytes; 2]>;
 
 impl Ticket {
-    fn new(call: &Call, now: Instant) -> Self {
+    /// Of this call, which begins now.
+    #[must_use]
+    pub fn new(call: &Call, now: Instant) -> Self {
         let Call { method, correlation_id, cost, .. } = *call;
         Self { method, correlation_id, cost, started: now, counted: false }
+    }
+
+    /// Bytes the reply may pin, to be charged to the connection (`Connection::charge`).
+    pub fn charge(&mut self, bytes: usize) {
+        self.cost += bytes;
+    }
+
+    /// Give back what was charged for the call (`Connection::release`): it waits for long and holds little.
+    pub fn release(&mut self) -> usize {
+        std::mem::take(&mut self.cost)
+    }
+
+    /// When the call began.
+    #[must_use]
+    pub fn started(&self) -> Instant {
+        self.started
+    }
+
+    /// It will not be answered: its connection is gone.
+    pub fn abandon(self, ctx: &Context, now: Instant) {
+        self.end(ctx, now, false);
     }
 
     fn end(&self, ctx: &Context, now: Instant, ok: bool) {
@@ -96,12 +119,18 @@ impl Ticket {
     }
 
     /// Answer with a message and no data.
-    fn reply<M: prost::Message>(self, ctx: &Context, now: Instant, message: &M) -> Handled {
+    pub fn reply<M: prost::Message>(self, ctx: &Context, now: Instant, message: &M) -> Handled {
         self.reply_with(ctx, now, message, Parts::new())
     }
 
     /// Answer with a message and an attachment.
-    fn reply_with<M: prost::Message>(self, ctx: &Context, now: Instant, message: &M, attachments: Parts) -> Handled {
+    pub fn reply_with<M: prost::Message>(
+        self,
+        ctx: &Context,
+        now: Instant,
+        message: &M,
+        attachments: Parts,
+    ) -> Handled {
         self.end(ctx, now, true);
         let len = attachments.iter().map(Bytes::len).sum();
         let head = ctx.encode(|out| frame::put_response(out, self.correlation_id, message, len));
@@ -109,7 +138,7 @@ impl Ticket {
     }
 
     /// Answer with an RPC error.
-    fn fail(self, ctx: &Context, now: Instant, code: i32, text: &str) -> Handled {
+    pub fn fail(self, ctx: &Context, now: Instant, code: i32, text: &str) -> Handled {
         self.end(ctx, now, false);
         Handled::Reply(error(ctx, self.correlation_id, self.cost, code, text))
     }

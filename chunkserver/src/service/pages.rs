@@ -2,7 +2,7 @@
 //!
 //! Pages that show what only the shards know ask all of them first, so a page never looks into a shard's state.
 
-use super::table::{OFFERED, RAFT_STAT};
+use super::table::{self, RAFT_STAT};
 use super::{Context, Handled, Pending, Step, raft_stat};
 use crate::io::Instant;
 use crate::metrics::text::{Var, Vars, underscored};
@@ -116,9 +116,14 @@ pub(super) fn resume(ctx: &Context, now: Instant, waiting: Waiting, replies: Vec
     }
 }
 
+/// Number, service and name of every method there is.
+fn lines(ctx: &Context) -> impl Iterator<Item = (usize, &'static str, &'static str)> {
+    table::lines(ctx.shared().nebd_vars().is_some())
+}
+
 /// The services' names, as brpc makes its default version, after ours.
 fn version(ctx: &Context) -> String {
-    let mut services: Vec<&str> = OFFERED.iter().map(|line| line.service).collect();
+    let mut services: Vec<&str> = lines(ctx).map(|line| line.1).collect();
     services.dedup();
     format!("chunkserver-{}+{}", ctx.info().version, services.join("+"))
 }
@@ -132,16 +137,16 @@ fn status(ctx: &Context, now: Instant) -> String {
         registry.total(Counter::Connections),
     );
     let mut service = "";
-    for (index, line) in OFFERED.iter().enumerate() {
+    for (index, of, method) in lines(ctx) {
         // Writing to a String cannot fail.
-        if line.service != service {
-            service = line.service;
+        if of != service {
+            service = of;
             let _ = writeln!(out, "[{service}]\n");
         }
         let (errors, running) = registry.method(index);
         let latency = registry.summary(|shard| &shard.method(index).latency, now);
-        let (request, response) = messages(line.service, line.method);
-        let _ = writeln!(out, "{} ({request}) returns ({response})", line.method);
+        let (request, response) = messages(service, method);
+        let _ = writeln!(out, "{method} ({request}) returns ({response})");
         let _ = writeln!(out, "count: {}\nqps: {}\nerror: {errors}", latency.count, latency.per_second);
         let _ = writeln!(out, "latency: {}", latency.mean / 1000);
         for ((name, _), value) in crate::metrics::recorder::QUANTILES.iter().zip(latency.quantiles) {
@@ -184,6 +189,9 @@ fn vars(ctx: &Context, now: Instant, shards: &[ShardStatus], copysets: &[Copyset
     methods(&mut vars, ctx, now);
     process(&mut vars, ctx, now);
     vars.set("curve_version", Var::Text(ctx.info().version.clone()));
+    if let Some(more) = ctx.shared().nebd_vars() {
+        more(&mut vars);
+    }
     vars
 }
 
@@ -234,8 +242,10 @@ fn chunkserver(vars: &mut Vars, ctx: &Context, prefix: &str, shards: &[ShardStat
 fn methods(vars: &mut Vars, ctx: &Context, now: Instant) {
     let registry = ctx.shared().registry();
     let server = format!("rpc_server_{}", ctx.info().peer.port());
-    for (index, line) in OFFERED.iter().enumerate().filter(|(_, line)| line.service != RAFT_STAT) {
-        let prefix = format!("{server}_{}", underscored(&format!("{}.{}", line.service, line.method)));
+    for (index, service, method) in lines(ctx).filter(|line| line.1 != RAFT_STAT) {
+        // A server on a Unix socket has port 0 there.
+        let server = if service.starts_with("nebd.") { "rpc_server_0" } else { &server };
+        let prefix = format!("{server}_{}", underscored(&format!("{service}.{method}")));
         let (errors, running) = registry.method(index);
         vars.int(format!("{prefix}_error"), errors);
         vars.int(format!("{prefix}_concurrency"), running);
@@ -243,7 +253,7 @@ fn methods(vars: &mut Vars, ctx: &Context, now: Instant) {
     }
     vars.int(format!("{server}_connection_count"), registry.total(Counter::Connections));
     vars.int(format!("{server}_error"), registry.total(Counter::NonService));
-    let mut services: Vec<&str> = OFFERED.iter().map(|line| line.service).collect();
+    let mut services: Vec<&str> = lines(ctx).map(|line| line.1).collect();
     services.dedup();
     vars.int(format!("{server}_service_count"), services.len() as u64);
 }

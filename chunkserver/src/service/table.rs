@@ -144,7 +144,40 @@ offered! {
     }
 }
 
-const _: () = assert!(OFFERED.len() <= METHODS_MAX, "every method has its metrics");
+/// Methods of the NEBD socket.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[allow(missing_docs, reason = "they are named as the calls")]
+pub enum NebdMethod {
+    Write,
+    Read,
+    Open,
+    Close,
+    Discard,
+    Resize,
+    Flush,
+    Info,
+    Invalidate,
+    KeepAlive,
+}
+
+const NEBD_FILE: &str = "nebd.client.NebdFileService";
+const NEBD_HEARTBEAT: &str = "nebd.client.NebdHeartbeatService";
+
+/// What the NEBD socket offers; no other does. Their numbers follow those of [`OFFERED`].
+pub(super) const NEBD: &[(&str, &str, NebdMethod)] = &[
+    (NEBD_FILE, "Write", NebdMethod::Write),
+    (NEBD_FILE, "Read", NebdMethod::Read),
+    (NEBD_FILE, "OpenFile", NebdMethod::Open),
+    (NEBD_FILE, "CloseFile", NebdMethod::Close),
+    (NEBD_FILE, "Discard", NebdMethod::Discard),
+    (NEBD_FILE, "ResizeFile", NebdMethod::Resize),
+    (NEBD_FILE, "Flush", NebdMethod::Flush),
+    (NEBD_FILE, "GetInfo", NebdMethod::Info),
+    (NEBD_FILE, "InvalidateCache", NebdMethod::Invalidate),
+    (NEBD_HEARTBEAT, "KeepAlive", NebdMethod::KeepAlive),
+];
+
+const _: () = assert!(OFFERED.len() + NEBD.len() <= METHODS_MAX, "every method has its metrics");
 
 fn short(name: &str) -> &str {
     name.rsplit_once('.').map_or(name, |(_, short)| short)
@@ -172,6 +205,35 @@ pub fn route(service: &[u8], method: &[u8]) -> Route {
     Route::Unknown(if known || dotted { code::ENOMETHOD } else { code::ENOSERVICE })
 }
 
+/// The same on the NEBD socket.
+#[must_use]
+pub fn nebd_route(service: &[u8], method: &[u8]) -> Route {
+    let dotted = service.contains(&b'.');
+    let named = |full: &str| (if dotted { full } else { short(full) }).as_bytes() == service;
+    let mut lines = NEBD.iter().enumerate();
+    match lines.find(|(_, line)| named(line.0) && line.1.as_bytes() == method) {
+        Some((index, line)) => {
+            let id = MethodId((OFFERED.len() + index) as u16);
+            Route::Method { id, payload: line.2 == NebdMethod::Write }
+        }
+        None if dotted || NEBD.iter().any(|line| named(line.0)) => Route::Unknown(code::ENOMETHOD),
+        None => Route::Unknown(code::ENOSERVICE),
+    }
+}
+
+/// Which method of the NEBD socket it is.
+#[must_use]
+pub fn nebd_method(id: MethodId) -> Option<NebdMethod> {
+    let index = usize::from(id.0).checked_sub(OFFERED.len())?;
+    NEBD.get(index).map(|line| line.2)
+}
+
+/// Number, service and name of the methods to be shown.
+pub(super) fn lines(with_nebd: bool) -> impl Iterator<Item = (usize, &'static str, &'static str)> {
+    let nebd = NEBD.iter().filter(move |_| with_nebd).map(|line| (line.0, line.1));
+    OFFERED.iter().map(|line| (line.service, line.method)).chain(nebd).enumerate().map(|(i, (s, m))| (i, s, m))
+}
+
 /// Who serves it.
 pub(super) fn method(id: MethodId) -> Option<Method> {
     OFFERED.get(usize::from(id.0)).map(|line| line.serve)
@@ -192,6 +254,30 @@ mod tests {
             schema.extend(service.methods.iter().map(|method| (service.name, method.name)));
         }
         assert_eq!(lines, schema);
+    }
+
+    #[test]
+    fn every_method_of_nebd_has_one_line() {
+        let lines: BTreeSet<_> = NEBD.iter().map(|line| (line.0, line.1)).collect();
+        let services = proto::service::SERVICES.iter().filter(|service| service.name.starts_with("nebd."));
+        let schema: BTreeSet<_> =
+            services.flat_map(|service| service.methods.iter().map(|method| (service.name, method.name))).collect();
+        assert_eq!((NEBD.len(), lines), (schema.len(), schema));
+        for (service, method, kind) in NEBD {
+            let Route::Method { id, payload } = nebd_route(service.as_bytes(), method.as_bytes()) else { panic!() };
+            assert_eq!((nebd_method(id), payload), (Some(*kind), *method == "Write"));
+            assert_eq!(super::method(id), None);
+            assert_eq!(nebd_route(short(service).as_bytes(), method.as_bytes()), Route::Method { id, payload });
+            assert_eq!(route(service.as_bytes(), method.as_bytes()), Route::Unknown(code::ENOMETHOD));
+        }
+        for (service, method, code) in [
+            ("NebdFileService", "NoSuch", 1002),
+            ("nebd.client.NoSuch", "Foo", 1002),
+            ("ChunkService", "WriteChunk", 1001),
+            ("", "", 1001),
+        ] {
+            assert_eq!(nebd_route(service.as_bytes(), method.as_bytes()), Route::Unknown(code), "{service}/{method}");
+        }
     }
 
     #[test]

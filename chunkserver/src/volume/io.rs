@@ -229,6 +229,13 @@ impl VolumeIo {
         self.slots.iter().filter_map(waits).min()
     }
 
+    /// Ask nothing more: it ends with `why` when nothing is in flight. True if that is now, and no reply will say so.
+    pub fn cancel(&mut self, why: VolumeError) -> bool {
+        self.failed.get_or_insert(why);
+        self.done |= self.asked == 0;
+        self.done
+    }
+
     /// Take the answer to `part`.
     ///
     /// # Panics
@@ -527,6 +534,20 @@ mod tests {
         assert!(matches!(io.reply(0, no(Outcome::NoSpace), Instant(0)), Progress::More));
         let Progress::Done(Err(error)) = io.reply(3, no(Outcome::NoChunk), Instant(0)) else { panic!("not done") };
         assert_eq!(error, VolumeError::Chunk(Outcome::CrcFail), "the first failure counts");
+    }
+
+    #[test]
+    fn a_cancelled_io_ends_when_nothing_is_in_flight() {
+        let v = volume("v", shape(4 << 20, 1 << 20, 0, 0));
+        assert!(read(&v, 0, 4096).cancel(VolumeError::Stopping), "not begun");
+        let mut io = read(&v, 0, 512 << 10);
+        let parts: Vec<_> = std::iter::from_fn(|| io.next_part(Instant(0))).map(|p| p.part).collect();
+        let no = |o| reply(o, ReplyData::None);
+        assert!(matches!(io.reply(parts[0], no(Outcome::NotLeader), Instant(0)), Progress::Retry { .. }));
+        assert!(!io.cancel(VolumeError::Stopping));
+        assert!(io.next_part(FAR).is_none() && io.wake_at().is_none());
+        let end = io.reply(parts[1], no(Outcome::NotLeader), Instant(0));
+        assert!(matches!(end, Progress::Done(Err(VolumeError::Stopping))));
     }
 
     #[test]

@@ -14,6 +14,7 @@ mod heap;
 mod log;
 mod mutate;
 mod nbd;
+mod nebd;
 mod peer;
 mod rpc;
 mod samples;
@@ -61,6 +62,7 @@ targets! {
     superblock: disk::Superblocks::new(), smoke 10_000, every 4096, heap MIB, weight 2;
     catalog: text::Catalogs::new(), smoke 5_000, every 4096, heap MIB, weight 3;
     config: text::Configs::new(), smoke 3_000, every 4096, heap MIB, weight 3;
+    nebd_texts: nebd::Texts::new(), smoke 10_000, every 4096, heap MIB, weight 3;
     codecs: text::Codecs::new(), smoke 50_000, every 4096, heap MIB, weight 3;
 }
 

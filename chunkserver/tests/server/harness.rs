@@ -29,7 +29,7 @@ pub(crate) struct Setup {
     pub(crate) dirty: u64,
     pub(crate) buffers: u64,
     pub(crate) flush_age_ms: u64,
-    /// More lines of the configuration.
+    /// More lines of the configuration; `@` stands for the lab's folder.
     pub(crate) extra: String,
 }
 
@@ -89,6 +89,7 @@ impl Lab {
 
     fn configure(&self) {
         let Setup { dirty, buffers, flush_age_ms, extra, .. } = &self.setup;
+        let extra = extra.replace('@', &self.folder.path().display().to_string());
         let toml = format!(
             "data = {:?}\nlisten = \"{}\"\nnbd_socket = {:?}\ndirty_limit = {dirty}\npayload_buffers = {buffers}\n\
              work_buffers = {}\nflush_age_ms = {flush_age_ms}\npin_shards = false\nstart_wait_ms = 10000\n{extra}\n",

@@ -15,6 +15,7 @@ mod disks;
 mod frames;
 mod harness;
 mod nbd;
+mod nebd;
 mod pages;
 mod peers;
 mod replay;

@@ -109,6 +109,7 @@ impl System for ServerSystem {
                 listeners: if number == 0 { vec![(ListenerId(0), Protocol::Rpc)] } else { Vec::new() },
                 shared: Arc::clone(&shared),
                 catalog: SharedCatalog::new(Catalog::of([])),
+                nebd: None,
                 mailbox,
                 control: None,
                 arenas,

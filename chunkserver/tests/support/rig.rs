@@ -126,6 +126,7 @@ impl Rig {
             listeners: vec![(ListenerId(0), Protocol::Rpc)],
             shared: Arc::clone(&shared),
             catalog: SharedCatalog::new(Catalog::default()),
+            nebd: None,
             mailbox: mesh(1).remove(0),
             control: None,
             arenas,
