@@ -97,7 +97,7 @@ impl Node {
     pub(crate) fn ask(&mut self, copyset: CopysetId, op: RequestOp) -> Reply {
         let (outcome, data) = match op {
             RequestOp::Admin(op) => self.admin(copyset, op),
-            RequestOp::Chunk { chunk, op } => match self.copysets.get_mut(&copyset) {
+            RequestOp::Chunk { chunk, op } | RequestOp::Guarded { chunk, op, .. } => match self.copysets.get_mut(&copyset) {
                 None => (Outcome::NoCopyset, ReplyData::None),
                 Some(status) if status.state != 1 && !matches!(op, ChunkOp::Hash { .. }) => {
                     (Outcome::NotLeader, ReplyData::Leader(status.leader))

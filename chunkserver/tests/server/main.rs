@@ -18,6 +18,7 @@ mod nbd;
 mod pages;
 mod peers;
 mod replay;
+mod replicas;
 mod rot;
 mod slow;
 mod space;
