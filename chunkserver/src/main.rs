@@ -351,16 +351,18 @@ fn configure(args: ServeArgs) -> anyhow::Result<Config> {
 
 fn volume_command(command: VolumeCommand) -> anyhow::Result<Ctl> {
     Ok(match command {
-        VolumeCommand::Create { name, size, copysets, peers, id, chunk_size, stripe_unit, stripe_count } => Ctl::VolumeCreate {
-            name,
-            size: size.0,
-            copysets: copysets.as_deref().map(parse_copysets).transpose()?.unwrap_or_default(),
-            peers: peers.iter().map(ToString::to_string).collect(),
-            id,
-            chunk_size: chunk_size.map(|size| u32::try_from(size.0)).transpose().context("--chunk-size")?,
-            stripe_unit: u32::try_from(stripe_unit.0).context("--stripe-unit")?,
-            stripe_count,
-        },
+        VolumeCommand::Create { name, size, copysets, peers, id, chunk_size, stripe_unit, stripe_count } => {
+            Ctl::VolumeCreate {
+                name,
+                size: size.0,
+                copysets: copysets.as_deref().map(parse_copysets).transpose()?.unwrap_or_default(),
+                peers: peers.iter().map(ToString::to_string).collect(),
+                id,
+                chunk_size: chunk_size.map(|size| u32::try_from(size.0)).transpose().context("--chunk-size")?,
+                stripe_unit: u32::try_from(stripe_unit.0).context("--stripe-unit")?,
+                stripe_count,
+            }
+        }
         VolumeCommand::List => Ctl::VolumeList,
         VolumeCommand::Delete { name } => Ctl::VolumeDelete { name },
         VolumeCommand::Resize { name, size } => Ctl::VolumeResize { name, size: size.0 },

@@ -28,14 +28,14 @@ const ROOMS: &[(&str, &[&str])] = &[
     ("rpc", &["io", "limits"]),
     ("peer", &["chunk", "io", "limits", "rpc", "shard::mail"]),
     ("service", &["io", "limits", "metrics", "rpc", "shard::request"]),
-    ("volume", &["io", "shard::request"]),
+    ("volume", &["io", "rpc", "shard::request"]),
     ("volume::catalog", &["volume"]),
     ("nbd", &["io", "limits", "shard::request", "volume", "volume::catalog"]),
     ("control::shards", &["chunk", "io::uring", "shard::request"]), // the wire between control thread and shards
     ("reactor", &["chunk", "control::shards", "io", "limits", "mailbox", "metrics", "nbd", "peer", "rpc", "service", "shard",
         "shard::mail", "shard::request", "volume", "volume::catalog"]),
     ("control", &["chunk", "control::shards", "io", "shard", "shard::request", "volume", "volume::catalog"]),
-    ("serve", &["chunk", "config", "control", "control::shards", "io", "io::uring", "mailbox", "metrics", "reactor",
+    ("serve", &["chunk", "config", "control", "control::shards", "io", "io::uring", "limits", "mailbox", "metrics", "reactor",
         "service", "shard", "volume::catalog"]),
     ("main", &["config", "control", "serve"]),
 ];
@@ -67,8 +67,11 @@ const SANS_IO: &[&str] = &[
     "chunkserver/src/service/",
     "chunkserver/src/shard/",
     "chunkserver/src/volume/io.rs",
+    "chunkserver/src/volume/leaders.rs",
     "chunkserver/src/volume/map.rs",
     "chunkserver/src/volume/mod.rs",
+    "chunkserver/src/volume/remote.rs",
+    "chunkserver/src/volume/wire.rs",
 ];
 /// What they must not know. (The reactor takes error numbers, not calls, from `libc`.)
 const FORBIDDEN_PATHS: &[&str] =

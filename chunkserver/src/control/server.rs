@@ -3,9 +3,9 @@
 use super::ctl::{Answer, Command, LINE_BYTES_MAX};
 use super::shards::{Links, NoAnswer, Shards};
 use crate::shard::request::{AdminOp, ChunkOp, CopysetStatus, Outcome, Reply, ReplyData, RequestOp};
-use crate::volume::{Homes, Volume};
 use crate::volume::catalog::{CatalogStore, NewVolume, SHARED_IDS};
 use crate::volume::map::Shape;
+use crate::volume::{Homes, Volume};
 use copyset::PeerId;
 use raftlog::CopysetId;
 use serde_json::{Value, json};
@@ -209,14 +209,11 @@ impl Server {
 
     /// The copysets asked for, if all exist; all there are when none is named. And where they are. With `peers` they are
     /// taken to be there.
-    async fn known_copysets(
-        &self,
-        wanted: &[(u32, u32)],
-        peers: &[String],
-    ) -> Result<(Vec<CopysetId>, Homes), String> {
+    async fn known_copysets(&self, wanted: &[(u32, u32)], peers: &[String]) -> Result<(Vec<CopysetId>, Homes), String> {
         let ids: Vec<CopysetId> = wanted.iter().map(|&(pool, id)| CopysetId::new(pool, id)).collect();
         if !peers.is_empty() {
-            let peers: Result<Vec<u64>, _> = peers.iter().map(|peer| peer.parse::<PeerId>().map(|peer| peer.0)).collect();
+            let peers: Result<Vec<u64>, _> =
+                peers.iter().map(|peer| peer.parse::<PeerId>().map(|peer| peer.0)).collect();
             let peers = peers.map_err(|e| e.to_string())?;
             let homes = ids.iter().map(|&id| (id, peers.clone())).collect();
             return Ok((ids, homes));
@@ -300,13 +297,7 @@ impl Server {
     }
 }
 
-async fn delete_chunk(
-    shards: &Shards,
-    copyset: CopysetId,
-    homes: &[u64],
-    chunk: u64,
-    sn: u64,
-) -> Result<(), String> {
+async fn delete_chunk(shards: &Shards, copyset: CopysetId, homes: &[u64], chunk: u64, sn: u64) -> Result<(), String> {
     for _ in 0..DELETE_ATTEMPTS {
         let reply = shards.errand(copyset, homes, chunk, ChunkOp::Delete { sn }).await.map_err(|e| e.to_string())?;
         match reply.outcome {

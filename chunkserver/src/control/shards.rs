@@ -133,13 +133,7 @@ impl Shards {
     /// [`NoAnswer`].
     ///
     /// [`Outcome::NotLeader`]: crate::shard::request::Outcome::NotLeader
-    pub async fn errand(
-        &self,
-        copyset: CopysetId,
-        homes: &[u64],
-        chunk: u64,
-        op: ChunkOp,
-    ) -> Result<Reply, NoAnswer> {
+    pub async fn errand(&self, copyset: CopysetId, homes: &[u64], chunk: u64, op: ChunkOp) -> Result<Reply, NoAnswer> {
         let homes = homes.to_vec();
         let order = |origin| Order::Errand { origin, copyset, homes, chunk, op };
         self.order(shard_of(copyset, self.count()), order).await

@@ -59,7 +59,8 @@ impl Shard {
 
     /// The first write that waits would find room now.
     pub(super) fn may_admit(&self) -> bool {
-        let Some(Deferred { request: Request { op: RequestOp::Chunk { op, .. }, .. }, .. }) = self.deferred.front() else {
+        let Some(Deferred { request: Request { op: RequestOp::Chunk { op, .. }, .. }, .. }) = self.deferred.front()
+        else {
             return false;
         };
         !matches!(self.state, State::Failed(_)) && self.has_room(op)
@@ -68,14 +69,18 @@ impl Shard {
     /// Try again what found no room, in order.
     pub(super) fn admit_deferred(&mut self, out: &mut Effects) {
         while let Some(deferred) = self.deferred.front() {
-            let RequestOp::Chunk { ref op, .. } = deferred.request.op else { unreachable!("only chunk operations wait") };
+            let RequestOp::Chunk { ref op, .. } = deferred.request.op else {
+                unreachable!("only chunk operations wait")
+            };
             if !self.has_room(op) {
                 return;
             }
             let Some(Deferred { request, term }) = self.deferred.pop_front() else { return };
             match self.groups.get(&request.copyset) {
                 None => reply(out, request.origin, Outcome::NoCopyset),
-                Some(group) if !group.raft.is_leader_ready() || group.raft.term() != term => self.redirect(request.copyset, request.origin, out),
+                Some(group) if !group.raft.is_leader_ready() || group.raft.term() != term => {
+                    self.redirect(request.copyset, request.origin, out)
+                }
                 Some(_) => self.propose(request, out),
             }
         }

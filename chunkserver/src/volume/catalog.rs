@@ -13,8 +13,8 @@ pub use self::store::{CatalogStore, ChangeError, NewVolume};
 
 mod store;
 
-use crate::volume::{Homes, Volume};
 use crate::volume::map::{BLOCK_BYTES, Geometry, Shape};
+use crate::volume::{Homes, Volume};
 use copyset::PeerId;
 use raftlog::CopysetId;
 use serde::{Deserialize, Serialize};

@@ -21,6 +21,8 @@ const REDIRECTED_MS: u64 = 10;
 const OVERLOAD_MS: (u64, u64) = (100, 8_000);
 /// and after anything else that passes.
 const FAILED_MS: (u64, u64) = (10, 640);
+/// A failed disk is asked again so often, while its server ends.
+const DISK_ATTEMPTS: u32 = 7;
 
 static ZEROS: [u8; EXTENT_BYTES_MAX as usize] = [0; EXTENT_BYTES_MAX as usize];
 
@@ -317,7 +319,8 @@ impl VolumeIo {
     }
 
     fn judge(&mut self, at: usize, reply: Reply) -> Verdict {
-        let Slot { piece, extent, .. } = &self.slots[at];
+        let Slot { piece, extent, attempts, .. } = &self.slots[at];
+        let (attempts, others) = (*attempts, self.volume.homes(extent.copyset).len() > 1);
         match (&mut self.work, reply.outcome) {
             (Work::Read(pieces), Outcome::Success) => match whole_data(reply.data, extent.len) {
                 Some(data) => pieces[*piece] = data,
@@ -327,11 +330,10 @@ impl VolumeIo {
             (Work::Write(_), Outcome::Success) | (Work::Zero, Outcome::Success | Outcome::NoChunk) => {}
             (_, Outcome::NoSpace) => return Verdict::Fail(VolumeError::NoSpace),
             (_, Outcome::Stopping) => return Verdict::Fail(VolumeError::Stopping),
-            // None of these was done, and the reason passes.
-            // Or it may be: a server whose disk failed ends, and another one leads then.
-            (_, again @ (Outcome::NotLeader | Outcome::Overload | Outcome::Failed | Outcome::DiskFail)) => {
-                return Verdict::Again(again);
-            }
+            // The reason passes.
+            (_, again @ (Outcome::NotLeader | Outcome::Overload | Outcome::Failed)) => return Verdict::Again(again),
+            // A server whose disk failed ends, and another one leads then, if there is one.
+            (_, Outcome::DiskFail) if others && attempts < DISK_ATTEMPTS => return Verdict::Again(Outcome::DiskFail),
             (_, outcome) => return Verdict::Fail(VolumeError::Chunk(outcome)),
         }
         Verdict::Done
@@ -582,6 +584,7 @@ mod tests {
         assert_eq!(one(no(Outcome::NoSpace)), Err(VolumeError::NoSpace));
         assert_eq!(one(no(Outcome::Stopping)), Err(VolumeError::Stopping));
         assert_eq!(one(no(Outcome::CrcFail)), Err(VolumeError::Chunk(Outcome::CrcFail)));
+        assert_eq!(one(no(Outcome::DiskFail)), Err(VolumeError::Chunk(Outcome::DiskFail)), "nobody else has it");
         assert_eq!(one(no(Outcome::Success)), Err(VolumeError::WrongLength));
         let short = ReplyData::Data([Bytes::from_static(&[1; 100])].into_iter().collect());
         assert_eq!(one(reply(Outcome::Success, short)), Err(VolumeError::WrongLength));
@@ -625,7 +628,6 @@ mod tests {
     #[test]
     fn back_off_depends_on_the_answer_and_ends_at_the_deadline() {
         assert_eq!(pauses(Outcome::Failed), [10, 20, 40, 80, 160, 320, 640, 640]);
-        assert_eq!(pauses(Outcome::DiskFail), pauses(Outcome::Failed));
         assert_eq!(pauses(Outcome::NotLeader), vec![10; 199], "a new leader is taken up at once");
         let overload = pauses(Outcome::Overload);
         assert!(overload.len() >= 4, "{overload:?}");

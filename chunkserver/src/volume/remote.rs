@@ -351,7 +351,8 @@ impl<A: Copy> Remote<A> {
     fn answered(&mut self, now: Instant, copyset: CopysetId, from: u64, said: Option<Leader>) {
         let Some((old, _)) = self.leaders.answered(now, copyset, from, said) else { return };
         // What was asked of the old leader and not answered is asked again, of the new one.
-        let of_old = |call: &Call<A>| matches!(call, Call::Errand { copyset: c, leader, .. } if (*c, *leader) == (copyset, old));
+        let of_old =
+            |call: &Call<A>| matches!(call, Call::Errand { copyset: c, leader, .. } if (*c, *leader) == (copyset, old));
         let keys: Vec<usize> = self.calls.iter().filter(|(_, slot)| of_old(&slot.call)).map(|(key, _)| key).collect();
         for key in keys {
             if let Call::Errand { asker, .. } = self.calls.remove(key).call {
@@ -431,3 +432,6 @@ impl<A: Copy> Remote<A> {
         self.servers.get(server).is_some_and(|from| from.client.wants_buffer())
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -1,7 +1,7 @@
 //! Volumes whose copysets have three replicas: through a server without a disk, through one that leads nothing, and while
 //! the leaders are killed, paused and moved.
 
-use super::client::{BLOCK, pattern};
+use super::client::{BLOCK, FAILURE, SUCCESS, chunk_request, pattern};
 use super::harness::{BINARY, Lab, MIB, PATIENCE, Server, Setup, http, text, wait_for};
 use super::nbd::Nbd;
 use rustix::process::Signal;
@@ -33,8 +33,21 @@ impl Nodes {
     /// Copysets of all three, each with a leader.
     fn create(&self) {
         let count = COPYSETS.to_string();
-        self.labs[0].ask(&["copyset", "create", "--pool", "1", "--first", "1", "--count", &count, "--peers", &self.peers()]);
-        (1..=COPYSETS).for_each(|copyset| drop(self.leader(copyset, None)));
+        self.labs[0].ask(&[
+            "copyset",
+            "create",
+            "--pool",
+            "1",
+            "--first",
+            "1",
+            "--count",
+            &count,
+            "--peers",
+            &self.peers(),
+        ]);
+        for copyset in 1..=COPYSETS {
+            self.leader(copyset, None);
+        }
     }
 
     fn status(&self, node: usize, copyset: u32) -> Option<Value> {
@@ -70,25 +83,31 @@ impl Nodes {
     }
 }
 
-fn exporter(nodes: &Nodes) -> Lab {
-    let _ = nodes;
-    Lab::exporter(setup())
-}
-
 fn create_volume(lab: &Lab, nodes: &Nodes) -> Value {
     let (peers, sets) = (nodes.peers(), format!("1:1-{COPYSETS}"));
     lab.ask(&[
-        "volume", "create", "--name", "v", "--size", "12MiB", "--copysets", &sets, "--peers", &peers, "--chunk-size", "1MiB",
+        "volume",
+        "create",
+        "--name",
+        "v",
+        "--size",
+        "12MiB",
+        "--copysets",
+        &sets,
+        "--peers",
+        &peers,
+        "--chunk-size",
+        "1MiB",
     ])
 }
 
 #[test]
 fn a_server_without_a_disk_exports_what_others_lead() {
     let nodes = Nodes::new();
-    let mut servers: Vec<Server<'_>> = nodes.labs.iter().map(Lab::start).collect();
+    let servers: Vec<Server<'_>> = nodes.labs.iter().map(Lab::start).collect();
     nodes.create();
     (1..=COPYSETS).for_each(|copyset| nodes.lead(copyset, copyset as usize % 3));
-    let lab = exporter(&nodes);
+    let lab = Lab::exporter(setup());
     let export = lab.start();
     let out = lab.cli(&["volume", "create", "--name", "v", "--size", "12MiB", "--copysets", "1:1-3"]);
     assert!(text(&out.stderr).contains("--peers"), "{}", text(&out.stderr));
@@ -137,7 +156,31 @@ fn a_server_without_a_disk_exports_what_others_lead() {
     };
     wait_for("the chunks to go", || (0..3).all(|node| chunks(node) == 0));
     export.stop();
-    servers.drain(..).for_each(|server| drop(server.stop()));
+    for server in servers {
+        server.stop();
+    }
+}
+
+/// What our own clients say of a change that they may send again (docs/wire.md).
+#[test]
+fn an_outdated_change_is_refused() {
+    let lab = Lab::new(Setup::default());
+    let server = lab.start();
+    lab.copysets(1);
+    let mut client = server.client();
+    let term = lab.ask(&["copyset", "status", "1:1"])["term"].as_u64().unwrap();
+    let mut write = |version: u64, attempt: u64, term: u64| {
+        let guarded =
+            chunk_request(2, 1, 5, 0, BLOCK as u64, 1).int(1001, term).int(1002, 99).int(1003, 7).int(1004, attempt);
+        client.chunk_call("WriteChunk", &guarded, &pattern(version, BLOCK)).status()
+    };
+    const REDIRECTED: u64 = 1;
+    assert_eq!(write(1, 0, term + 1), REDIRECTED, "it was meant for another term");
+    assert_eq!(write(1, 0, term - 1), REDIRECTED);
+    assert_eq!(write(2, 1, term), SUCCESS);
+    assert_eq!(write(3, 0, term), FAILURE, "a later attempt came before");
+    assert_eq!(write(4, 1, 0), SUCCESS, "any term");
+    assert!(server.client().data(1, 5, 0, BLOCK) == pattern(4, BLOCK));
 }
 
 #[test]
@@ -145,7 +188,7 @@ fn nobody_is_told_that_a_leader_died() {
     let nodes = Nodes::new();
     let mut servers: Vec<Option<Server<'_>>> = nodes.labs.iter().map(|lab| Some(lab.start())).collect();
     nodes.create();
-    let lab = exporter(&nodes);
+    let lab = Lab::exporter(setup());
     let export = lab.start();
     create_volume(&lab, &nodes);
     let (stop, writes, longest) = (AtomicBool::new(false), AtomicU64::new(0), AtomicU64::new(0));
@@ -207,7 +250,10 @@ fn nobody_is_told_that_a_leader_died() {
             let mut volume = Nbd::open(&lab, "v");
             for (block, version) in (0u64..).zip(versions).filter(|(_, version)| *version > 0) {
                 let at = (block % 12) * MIB + (writer * 32 + block) * BLOCK as u64;
-                assert!(volume.read(at, BLOCK) == (0, content(writer, block, version)), "writer {writer} block {block}");
+                assert!(
+                    volume.read(at, BLOCK) == (0, content(writer, block, version)),
+                    "writer {writer} block {block}"
+                );
             }
         }
     });

@@ -1,8 +1,8 @@
 //! The one writer of the catalog: lock, check, write a new file, make it durable, then show it.
 
 use super::{Catalog, NAME_BYTES_MAX, OpenError, PEERS_MAX, SHARED_IDS, SharedCatalog, VOLUMES_MAX, is_name};
-use crate::volume::{Homes, Volume};
 use crate::volume::map::{Geometry, GeometryError, Shape};
+use crate::volume::{Homes, Volume};
 use raftlog::CopysetId;
 use rustix::fs::{FlockOperation, flock};
 use std::fs::{File, OpenOptions};
