@@ -1,6 +1,7 @@
 """Several chunkservers on this machine, for scripts/cluster and scripts/crash: disks, processes, copysets, leaders.
 
-Nodes are numbered from 1. They listen on ports of 127.0.0.1; with `isolated` (root only) each lives in a network
+Nodes are numbered from 1; number 0 is the exporter, if there is one: a server without a disk that serves volumes over NBD.
+They listen on ports of 127.0.0.1; with `isolated` (root only) each lives in a network
 namespace of its own behind a bridge, so that it can be cut off from the others and from clients.
 Everything is in one folder: `cluster.json`, and per node a folder with disk, configuration, log and ctl socket.
 """
@@ -36,6 +37,7 @@ class Cluster:
         self.dir = os.path.abspath(folder)
         self.chunkserver = chunkserver
         self.nodes = []  # of {"host", "port", "pid", "cut"}
+        self.exporter = None  # the same, and "nbd_port"
         self.isolated = False
         self.copysets = (1, 1, 8)  # pool, first id, count
         self.processes = {}  # children of this process, to be waited for
@@ -48,15 +50,19 @@ class Cluster:
         except FileNotFoundError:
             raise Trouble(f"there is no cluster in {self.dir}") from None
         self.nodes, self.isolated, self.copysets = saved["nodes"], saved["isolated"], tuple(saved["copysets"])
+        self.exporter = saved["exporter"]
         return self
 
     def save(self):
         path = os.path.join(self.dir, "cluster.json")
         with open(path + ".tmp", "w") as f:
-            json.dump({"nodes": self.nodes, "isolated": self.isolated, "copysets": self.copysets}, f)
+            json.dump({"nodes": self.nodes, "exporter": self.exporter, "isolated": self.isolated,
+                       "copysets": self.copysets}, f)
         os.rename(path + ".tmp", path)
 
     def node(self, number):
+        if number == 0 and self.exporter:
+            return self.exporter
         if not 1 <= number <= len(self.nodes):
             raise Trouble(f"there is no node {number}, only 1 to {len(self.nodes)}")
         return self.nodes[number - 1]
@@ -65,7 +71,7 @@ class Cluster:
         return range(1, len(self.nodes) + 1)
 
     def path(self, number, name):
-        return os.path.join(self.dir, f"node{number}", name)
+        return os.path.join(self.dir, f"node{number}" if number else "exporter", name)
 
     def address(self, number):
         return "{host}:{port}".format(**self.node(number))
@@ -98,6 +104,29 @@ class Cluster:
                 f.write(f'data = "{disk}"\nlisten = "{self.address(number)}"\nnbd_socket = "{self.path(number, "nbd.sock")}"\n')
                 f.write("".join(line + "\n" for line in settings))
 
+    def create_exporter(self, settings):
+        """Configures a server without a disk. It is on this machine's own network, also with isolated nodes."""
+        host = f"{SUBNET}.1" if self.isolated else "127.0.0.1"
+        port, nbd_port = free_ports(2)
+        self.exporter = {"host": host, "port": port, "nbd_port": nbd_port, "pid": None, "cut": False}
+        os.makedirs(self.path(0, ""), exist_ok=True)
+        with open(self.path(0, "chunkserver.toml"), "w") as f:
+            f.write(f'listen = "{self.address(0)}"\nnbd_socket = "{self.path(0, "nbd.sock")}"\n'
+                    f'nbd_listen = "127.0.0.1:{nbd_port}"\nctl_socket = "{self.path(0, "ctl.sock")}"\n'
+                    f'catalog = "{self.path(0, "volumes.json")}"\n')
+            f.write("".join(line + "\n" for line in settings))
+        self.save()
+
+    def uri(self, volume, number=0):
+        """A volume as NBD clients name it, over the Unix socket of the exporter or of a node."""
+        return f"nbd+unix:///{volume}?socket={self.path(number, 'nbd.sock')}"
+
+    def create_volume(self, name, size, chunk_size="16MiB"):
+        """On the exporter, over all copysets."""
+        pool, first, count = self.copysets
+        self.ctl(0, "volume", "create", "--name", name, "--size", str(size), "--chunk-size", chunk_size,
+                 "--copysets", f"{pool}:{first}-{first + count - 1}", "--peers", ",".join(self.peers()))
+
     def state(self, number):
         """running, paused or down."""
         pid = self.node(number)["pid"]
@@ -119,7 +148,7 @@ class Cluster:
         if state != "down":
             return
         command = [self.chunkserver, "serve", "--config", self.path(number, "chunkserver.toml")]
-        if self.isolated:
+        if self.isolated and number:
             command = ["ip", "netns", "exec", f"cslab{number}", *command]
         with open(self.path(number, "server.log"), "ab") as log:
             process = subprocess.Popen(command, stdout=log, stderr=log, stdin=subprocess.DEVNULL, start_new_session=True)
@@ -127,7 +156,7 @@ class Cluster:
         self.node(number)["pid"] = process.pid
         # An `ip netns exec` becomes the server a moment later.
         deadline = time.monotonic() + 5
-        while self.isolated and self.state(number) == "down" and process.poll() is None and time.monotonic() < deadline:
+        while self.isolated and number and self.state(number) == "down" and process.poll() is None and time.monotonic() < deadline:
             time.sleep(0.005)
         self.save()
 
