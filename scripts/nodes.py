@@ -100,9 +100,14 @@ class Cluster:
             os.makedirs(self.path(number, ""), exist_ok=True)
             disk = self.path(number, "disk")
             sh(self.chunkserver, "format", "--data", disk, *format_options)
-            with open(self.path(number, "chunkserver.toml"), "w") as f:
-                f.write(f'data = "{disk}"\nlisten = "{self.address(number)}"\nnbd_socket = "{self.path(number, "nbd.sock")}"\n')
-                f.write("".join(line + "\n" for line in settings))
+            self.configure(number, settings)
+
+    def configure(self, number, settings):
+        """Writes a node's configuration; it takes effect when the node starts."""
+        with open(self.path(number, "chunkserver.toml"), "w") as f:
+            f.write(f'data = "{self.path(number, "disk")}"\nlisten = "{self.address(number)}"\n'
+                    f'nbd_socket = "{self.path(number, "nbd.sock")}"\n')
+            f.write("".join(line + "\n" for line in settings))
 
     def create_exporter(self, settings):
         """Configures a server without a disk. It is on this machine's own network, also with isolated nodes."""
@@ -197,17 +202,49 @@ class Cluster:
         except OSError:
             return False
 
+    def counters(self, number):
+        """Counters of a node, by the end of their names, shards added up."""
+        with urllib.request.urlopen(f"http://{self.address(number)}/metrics", timeout=10) as reply:
+            text = reply.read().decode()
+        sums = {}
+        for name, value in re.findall(r"^([^#\s{]+)(?:{[^}]*})? (\S+)$", text, re.M):
+            sums[name] = sums.get(name, 0.0) + float(value)
+        return lambda end: sum(value for name, value in sums.items() if name.endswith((end, end + "_total")))
+
     def writes(self):
         """Writes that the clients of all nodes have been answered since these started."""
         total = 0
         for number in self.numbers():
             try:
-                with urllib.request.urlopen(f"http://{self.address(number)}/metrics", timeout=2) as reply:
-                    found = re.findall(r"^\S*_write_io_num (\S+)$", reply.read().decode(), re.M)
+                total += int(self.counters(number)("_write_io_num"))
             except OSError:
                 continue
-            total += sum(int(float(value)) for value in found)
         return total
+
+    def drain(self, numbers=None):
+        """Wait until the data of these nodes is on its slots and the pages that belong to it are written. When the last
+        write was seen."""
+        names = ["log_write_num", "device_data_write_num", "device_meta_write_num", "device_crc_write_num", "device_sync_num"]
+        seen, last = None, time.monotonic()
+        while time.monotonic() - last < 0.5:
+            now = []
+            for number in numbers or self.numbers():
+                dirty = any(shard["dirty_bytes"] for shard in self.ctl(number, "status")["shards"])
+                counters = self.counters(number)
+                now.append((dirty and time.monotonic(), [counters(name) for name in names]))
+            if now != seen:
+                seen, last = now, time.monotonic()
+            time.sleep(0.02)
+        return last
+
+    def cpu_us(self):
+        """CPU time of all nodes so far, without the exporter."""
+        ticks = 0
+        for number in self.numbers():
+            with open(f"/proc/{self.node(number)['pid']}/stat") as f:
+                fields = f.read().rsplit(")", 1)[1].split()
+            ticks += int(fields[11]) + int(fields[12])
+        return ticks * 1_000_000 // os.sysconf("SC_CLK_TCK")
 
     def wait_healthy(self, number, seconds=60):
         deadline = time.monotonic() + seconds
@@ -275,6 +312,32 @@ class Cluster:
                 except (Trouble, subprocess.TimeoutExpired) as error:
                     why = str(error)
                 time.sleep(0.1)
+
+    # --- a volume under fio while its leader goes ---
+    def failover(self, volume, how="kill", seconds=8.0, rate=1000):
+        """Node 1 leads everything; fio writes blocks with checksums to `volume` through the exporter at a steady rate and
+        reads them back; meanwhile node 1 is killed or paused, and starts again afterwards. What fio saw, as a dict."""
+        self.lead(1)
+        report = self.path(0, "fio.json")
+        command = ["fio", "--name=failover", "--ioengine=nbd", f"--uri={self.uri(volume)}", "--rw=randwrite", "--bs=4k",
+                   "--iodepth=16", f"--size={int(seconds * rate) * 4096}", f"--rate_iops={rate}", "--verify=crc32c",
+                   "--do_verify=1", "--verify_fatal=1", "--verify_state_save=0", "--output-format=json", f"--output={report}"]
+        before = self.writes()
+        fio = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        deadline = time.monotonic() + 60
+        while self.writes() < before + rate and fio.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.02)
+        (self.kill if how == "kill" else self.pause)(1)
+        said = fio.communicate()[1]
+        self.start(1)
+        self.wait_healthy(1)
+        if fio.returncode != 0:
+            raise Trouble(f"fio saw the leader go: exit code {fio.returncode}: {said.strip()}")
+        with open(report) as f:
+            text = f.read()
+        job = json.loads(text[text.index("{"):])["jobs"][0]
+        return {"how": how, "errors": job["error"], "writes": job["write"]["total_ios"],
+                "verified": job["read"]["total_ios"], "longest_ms": round(job["write"]["clat_ns"]["max"] / 1e6, 1)}
 
     # --- the network of isolated nodes ---
     def build_network(self):
