@@ -1,6 +1,7 @@
 """Several chunkservers on this machine, for scripts/cluster and scripts/crash: disks, processes, copysets, leaders.
 
-Nodes are numbered from 1. They listen on ports of 127.0.0.1; with `isolated` (root only) each lives in a network
+Nodes are numbered from 1; number 0 is the exporter, if there is one: a server without a disk that serves volumes over NBD.
+They listen on ports of 127.0.0.1; with `isolated` (root only) each lives in a network
 namespace of its own behind a bridge, so that it can be cut off from the others and from clients.
 Everything is in one folder: `cluster.json`, and per node a folder with disk, configuration, log and ctl socket.
 """
@@ -36,6 +37,7 @@ class Cluster:
         self.dir = os.path.abspath(folder)
         self.chunkserver = chunkserver
         self.nodes = []  # of {"host", "port", "pid", "cut"}
+        self.exporter = None  # the same, and "nbd_port"
         self.isolated = False
         self.copysets = (1, 1, 8)  # pool, first id, count
         self.processes = {}  # children of this process, to be waited for
@@ -48,15 +50,19 @@ class Cluster:
         except FileNotFoundError:
             raise Trouble(f"there is no cluster in {self.dir}") from None
         self.nodes, self.isolated, self.copysets = saved["nodes"], saved["isolated"], tuple(saved["copysets"])
+        self.exporter = saved["exporter"]
         return self
 
     def save(self):
         path = os.path.join(self.dir, "cluster.json")
         with open(path + ".tmp", "w") as f:
-            json.dump({"nodes": self.nodes, "isolated": self.isolated, "copysets": self.copysets}, f)
+            json.dump({"nodes": self.nodes, "exporter": self.exporter, "isolated": self.isolated,
+                       "copysets": self.copysets}, f)
         os.rename(path + ".tmp", path)
 
     def node(self, number):
+        if number == 0 and self.exporter:
+            return self.exporter
         if not 1 <= number <= len(self.nodes):
             raise Trouble(f"there is no node {number}, only 1 to {len(self.nodes)}")
         return self.nodes[number - 1]
@@ -65,7 +71,7 @@ class Cluster:
         return range(1, len(self.nodes) + 1)
 
     def path(self, number, name):
-        return os.path.join(self.dir, f"node{number}", name)
+        return os.path.join(self.dir, f"node{number}" if number else "exporter", name)
 
     def address(self, number):
         return "{host}:{port}".format(**self.node(number))
@@ -94,9 +100,37 @@ class Cluster:
             os.makedirs(self.path(number, ""), exist_ok=True)
             disk = self.path(number, "disk")
             sh(self.chunkserver, "format", "--data", disk, *format_options)
-            with open(self.path(number, "chunkserver.toml"), "w") as f:
-                f.write(f'data = "{disk}"\nlisten = "{self.address(number)}"\nnbd_socket = "{self.path(number, "nbd.sock")}"\n')
-                f.write("".join(line + "\n" for line in settings))
+            self.configure(number, settings)
+
+    def configure(self, number, settings):
+        """Writes a node's configuration; it takes effect when the node starts."""
+        with open(self.path(number, "chunkserver.toml"), "w") as f:
+            f.write(f'data = "{self.path(number, "disk")}"\nlisten = "{self.address(number)}"\n'
+                    f'nbd_socket = "{self.path(number, "nbd.sock")}"\n')
+            f.write("".join(line + "\n" for line in settings))
+
+    def create_exporter(self, settings):
+        """Configures a server without a disk. It is on this machine's own network, also with isolated nodes."""
+        host = f"{SUBNET}.1" if self.isolated else "127.0.0.1"
+        port, nbd_port = free_ports(2)
+        self.exporter = {"host": host, "port": port, "nbd_port": nbd_port, "pid": None, "cut": False}
+        os.makedirs(self.path(0, ""), exist_ok=True)
+        with open(self.path(0, "chunkserver.toml"), "w") as f:
+            f.write(f'listen = "{self.address(0)}"\nnbd_socket = "{self.path(0, "nbd.sock")}"\n'
+                    f'nbd_listen = "127.0.0.1:{nbd_port}"\nctl_socket = "{self.path(0, "ctl.sock")}"\n'
+                    f'catalog = "{self.path(0, "volumes.json")}"\n')
+            f.write("".join(line + "\n" for line in settings))
+        self.save()
+
+    def uri(self, volume, number=0):
+        """A volume as NBD clients name it, over the Unix socket of the exporter or of a node."""
+        return f"nbd+unix:///{volume}?socket={self.path(number, 'nbd.sock')}"
+
+    def create_volume(self, name, size, chunk_size="16MiB"):
+        """On the exporter, over all copysets."""
+        pool, first, count = self.copysets
+        self.ctl(0, "volume", "create", "--name", name, "--size", str(size), "--chunk-size", chunk_size,
+                 "--copysets", f"{pool}:{first}-{first + count - 1}", "--peers", ",".join(self.peers()))
 
     def state(self, number):
         """running, paused or down."""
@@ -119,7 +153,7 @@ class Cluster:
         if state != "down":
             return
         command = [self.chunkserver, "serve", "--config", self.path(number, "chunkserver.toml")]
-        if self.isolated:
+        if self.isolated and number:
             command = ["ip", "netns", "exec", f"cslab{number}", *command]
         with open(self.path(number, "server.log"), "ab") as log:
             process = subprocess.Popen(command, stdout=log, stderr=log, stdin=subprocess.DEVNULL, start_new_session=True)
@@ -127,7 +161,7 @@ class Cluster:
         self.node(number)["pid"] = process.pid
         # An `ip netns exec` becomes the server a moment later.
         deadline = time.monotonic() + 5
-        while self.isolated and self.state(number) == "down" and process.poll() is None and time.monotonic() < deadline:
+        while self.isolated and number and self.state(number) == "down" and process.poll() is None and time.monotonic() < deadline:
             time.sleep(0.005)
         self.save()
 
@@ -168,17 +202,49 @@ class Cluster:
         except OSError:
             return False
 
+    def counters(self, number):
+        """Counters of a node, by the end of their names, shards added up."""
+        with urllib.request.urlopen(f"http://{self.address(number)}/metrics", timeout=10) as reply:
+            text = reply.read().decode()
+        sums = {}
+        for name, value in re.findall(r"^([^#\s{]+)(?:{[^}]*})? (\S+)$", text, re.M):
+            sums[name] = sums.get(name, 0.0) + float(value)
+        return lambda end: sum(value for name, value in sums.items() if name.endswith((end, end + "_total")))
+
     def writes(self):
         """Writes that the clients of all nodes have been answered since these started."""
         total = 0
         for number in self.numbers():
             try:
-                with urllib.request.urlopen(f"http://{self.address(number)}/metrics", timeout=2) as reply:
-                    found = re.findall(r"^\S*_write_io_num (\S+)$", reply.read().decode(), re.M)
+                total += int(self.counters(number)("_write_io_num"))
             except OSError:
                 continue
-            total += sum(int(float(value)) for value in found)
         return total
+
+    def drain(self, numbers=None):
+        """Wait until the data of these nodes is on its slots and the pages that belong to it are written. When the last
+        write was seen."""
+        names = ["log_write_num", "device_data_write_num", "device_meta_write_num", "device_crc_write_num", "device_sync_num"]
+        seen, last = None, time.monotonic()
+        while time.monotonic() - last < 0.5:
+            now = []
+            for number in numbers or self.numbers():
+                dirty = any(shard["dirty_bytes"] for shard in self.ctl(number, "status")["shards"])
+                counters = self.counters(number)
+                now.append((dirty and time.monotonic(), [counters(name) for name in names]))
+            if now != seen:
+                seen, last = now, time.monotonic()
+            time.sleep(0.02)
+        return last
+
+    def cpu_us(self):
+        """CPU time of all nodes so far, without the exporter."""
+        ticks = 0
+        for number in self.numbers():
+            with open(f"/proc/{self.node(number)['pid']}/stat") as f:
+                fields = f.read().rsplit(")", 1)[1].split()
+            ticks += int(fields[11]) + int(fields[12])
+        return ticks * 1_000_000 // os.sysconf("SC_CLK_TCK")
 
     def wait_healthy(self, number, seconds=60):
         deadline = time.monotonic() + seconds
@@ -246,6 +312,32 @@ class Cluster:
                 except (Trouble, subprocess.TimeoutExpired) as error:
                     why = str(error)
                 time.sleep(0.1)
+
+    # --- a volume under fio while its leader goes ---
+    def failover(self, volume, how="kill", seconds=8.0, rate=1000):
+        """Node 1 leads everything; fio writes blocks with checksums to `volume` through the exporter at a steady rate and
+        reads them back; meanwhile node 1 is killed or paused, and starts again afterwards. What fio saw, as a dict."""
+        self.lead(1)
+        report = self.path(0, "fio.json")
+        command = ["fio", "--name=failover", "--ioengine=nbd", f"--uri={self.uri(volume)}", "--rw=randwrite", "--bs=4k",
+                   "--iodepth=16", f"--size={int(seconds * rate) * 4096}", f"--rate_iops={rate}", "--verify=crc32c",
+                   "--do_verify=1", "--verify_fatal=1", "--verify_state_save=0", "--output-format=json", f"--output={report}"]
+        before = self.writes()
+        fio = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        deadline = time.monotonic() + 60
+        while self.writes() < before + rate and fio.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.02)
+        (self.kill if how == "kill" else self.pause)(1)
+        said = fio.communicate()[1]
+        self.start(1)
+        self.wait_healthy(1)
+        if fio.returncode != 0:
+            raise Trouble(f"fio saw the leader go: exit code {fio.returncode}: {said.strip()}")
+        with open(report) as f:
+            text = f.read()
+        job = json.loads(text[text.index("{"):])["jobs"][0]
+        return {"how": how, "errors": job["error"], "writes": job["write"]["total_ios"],
+                "verified": job["read"]["total_ios"], "longest_ms": round(job["write"]["clat_ns"]["max"] / 1e6, 1)}
 
     # --- the network of isolated nodes ---
     def build_network(self):

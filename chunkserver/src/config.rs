@@ -16,14 +16,16 @@ const DAY_MS: u64 = 24 * 60 * 60 * 1000;
 #[derive(Clone, Debug, Deserialize, Serialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Config {
-    /// Disk file or block device that `chunkserver format` prepared.
-    pub data: PathBuf,
+    /// Disk file or block device that `chunkserver format` prepared. Without one the server has no chunks of its own: it
+    /// exports volumes whose copysets are on other servers.
+    pub data: Option<PathBuf>,
     /// Address of the RPC port: ChunkService, CopysetService, CliService2 and the HTTP pages. Its IP and port are also
     /// the peer id (`ip:port:0`), so the IP must be the one that clients and peers use.
     pub listen: SocketAddr,
-    /// Unix socket of the commands (`chunkserver volume …`, `copyset …`, `status`). Default: `ctl.sock` beside `data`.
+    /// Unix socket of the commands (`chunkserver volume …`, `copyset …`, `status`). Default: `ctl.sock` beside `data`, or in the
+    /// current folder.
     pub ctl_socket: Option<PathBuf>,
-    /// File that describes the volumes. Default: `volumes.json` beside `data`.
+    /// File that describes the volumes. Default: `volumes.json` beside `data`, or in the current folder.
     pub catalog: Option<PathBuf>,
     /// Unix socket on which all volumes are exported over NBD; none by default.
     pub nbd_socket: Option<PathBuf>,
@@ -39,6 +41,8 @@ pub struct Config {
     pub payload_buffers: ByteSize,
     /// Memory per shard for device reads, log headers and metadata pages.
     pub work_buffers: ByteSize,
+    /// Threads of a server without a disk; 0 = one less than cores. With a disk, `format` has decided.
+    pub export_shards: u16,
     /// Pin shard N to the N-th CPU this process may run on.
     pub pin_shards: bool,
     /// Election timeout of copysets with several voters, milliseconds.
@@ -103,7 +107,7 @@ impl NebdConfig {
 impl Default for Config {
     fn default() -> Self {
         Self {
-            data: PathBuf::from("disk"),
+            data: None,
             listen: SocketAddr::from(([127, 0, 0, 1], 8200)),
             ctl_socket: None,
             catalog: None,
@@ -114,6 +118,7 @@ impl Default for Config {
             flush_age_ms: 5_000,
             payload_buffers: ByteSize(limits::ARENA_BYTES as u64),
             work_buffers: ByteSize::mib(64),
+            export_shards: 0,
             pin_shards: true,
             election_timeout_ms: 1_000,
             start_wait_ms: 5_000,
@@ -187,6 +192,12 @@ impl Config {
         if self.flush_age_ms == 0 || self.max_inflight_requests == 0 {
             return bad("flush_age_ms, max_inflight_requests", "must not be 0");
         }
+        if self.data.is_none() && self.nbd_socket.is_none() && self.nbd_listen.is_none() {
+            return bad("data", "give a disk, or nbd_socket or nbd_listen to export volumes of other servers");
+        }
+        if self.export_shards > 256 {
+            return bad("export_shards", "at most 256");
+        }
         if self.election_timeout_ms < 50 {
             return bad("election_timeout_ms", "at least 50");
         }
@@ -218,27 +229,41 @@ impl Config {
     /// Where the commands connect to.
     #[must_use]
     pub fn ctl_socket(&self) -> PathBuf {
-        self.ctl_socket.clone().unwrap_or_else(|| beside(&self.data, "ctl.sock"))
+        self.ctl_socket.clone().unwrap_or_else(|| beside(self.data.as_deref(), "ctl.sock"))
     }
 
     /// Where the volumes are described.
     #[must_use]
     pub fn catalog(&self) -> PathBuf {
-        self.catalog.clone().unwrap_or_else(|| beside(&self.data, "volumes.json"))
+        self.catalog.clone().unwrap_or_else(|| beside(self.data.as_deref(), "volumes.json"))
     }
 }
 
-fn beside(path: &Path, name: &str) -> PathBuf {
-    path.parent().unwrap_or_else(|| Path::new("")).join(name)
+fn beside(path: Option<&Path>, name: &str) -> PathBuf {
+    path.and_then(Path::parent).unwrap_or_else(|| Path::new("")).join(name)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
+    fn disk() -> Config {
+        Config { data: Some(PathBuf::from("disk")), ..Config::default() }
+    }
+
+    #[test]
+    fn without_a_disk_there_must_be_an_export() {
+        assert!(Config::default().check().unwrap_err().to_string().starts_with("data: give a disk"));
+        let socket = Some(PathBuf::from("nbd.sock"));
+        let config = Config { nbd_socket: socket, export_shards: 2, ..Config::default() };
+        config.check().unwrap();
+        assert_eq!(config.ctl_socket(), Path::new("ctl.sock"));
+        assert_eq!(Config { data: Some("a/disk".into()), ..config }.catalog(), Path::new("a/volumes.json"));
+    }
+
     #[test]
     fn defaults_pass_their_own_check_and_round_trip() {
-        let config = Config::default();
+        let config = disk();
         config.check().unwrap();
         config.check_disk(16 << 20).unwrap();
         let text = toml::to_string(&config).unwrap();
@@ -248,20 +273,20 @@ mod tests {
 
     #[test]
     fn buffers_too_small_for_the_disk_are_refused() {
-        let small = Config { payload_buffers: ByteSize::mib(8), dirty_limit: ByteSize::mib(2), ..Config::default() };
+        let small = Config { payload_buffers: ByteSize::mib(8), dirty_limit: ByteSize::mib(2), ..disk() };
         small.check().unwrap();
         assert!(small.check_disk(16 << 20).is_err() && small.check_disk(1 << 20).is_ok());
-        let small = Config { work_buffers: ByteSize::mib(16), ..Config::default() };
+        let small = Config { work_buffers: ByteSize::mib(16), ..disk() };
         assert!(small.check_disk(16 << 20).is_err());
-        let huge = Config { dirty_limit: ByteSize(u64::MAX), payload_buffers: ByteSize(u64::MAX), ..Config::default() };
+        let huge = Config { dirty_limit: ByteSize(u64::MAX), payload_buffers: ByteSize(u64::MAX), ..disk() };
         assert!(huge.check().is_err() || huge.check_disk(1 << 20).is_err());
     }
 
     #[test]
     fn absurd_sizes_are_refused() {
-        let config = Config { dirty_limit: ByteSize(u64::MAX), ..Config::default() };
+        let config = Config { dirty_limit: ByteSize(u64::MAX), ..disk() };
         assert!(config.check().is_err());
-        let config = Config { flush_age_ms: u64::MAX, ..Config::default() };
+        let config = Config { flush_age_ms: u64::MAX, ..disk() };
         assert!(config.check().is_err());
     }
 

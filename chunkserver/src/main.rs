@@ -26,7 +26,7 @@ struct Cli {
 enum Command {
     /// Prepare a disk file or block device: superblock, log, metadata, zero-written chunk slots
     Format(FormatArgs),
-    /// Serve a formatted disk
+    /// Serve a formatted disk, or, without one, export volumes of other servers
     Serve(ServeArgs),
     /// Volumes of a running server
     Volume {
@@ -112,7 +112,7 @@ struct ServeArgs {
     /// Configuration file (TOML); flags below override it
     #[arg(long)]
     config: Option<PathBuf>,
-    /// Disk file or block device
+    /// Disk file or block device; none: only export volumes whose copysets are on other servers
     #[arg(long)]
     data: Option<PathBuf>,
     /// Address of the RPC port
@@ -157,6 +157,16 @@ enum VolumeCommand {
         /// Copysets it is spread over: `POOL:FIRST-LAST` or `POOL:ID,POOL:ID` [default: all of the server]
         #[arg(long)]
         copysets: Option<String>,
+        /// Servers that have the copysets, `ip:port[:index]` each: where to look for their leaders [default: as this server's
+        /// own replicas know them]
+        #[arg(long, value_delimiter = ',', requires = "copysets")]
+        peers: Vec<PeerId>,
+        /// Id of a volume that another server exports too, and describes with the same options
+        #[arg(long, requires = "copysets")]
+        id: Option<u32>,
+        /// Size of a chunk, as the servers' disks are formatted [default: this server's, or 16MiB if it has no disk]
+        #[arg(long)]
+        chunk_size: Option<ByteSize>,
         /// Bytes written to one chunk before the next one's turn
         #[arg(long, default_value = "0")]
         stripe_unit: ByteSize,
@@ -327,9 +337,7 @@ fn configure(args: ServeArgs) -> anyhow::Result<Config> {
         Some(path) => Config::load(path)?,
         None => Config::default(),
     };
-    if let Some(data) = args.data {
-        config.data = data;
-    }
+    config.data = args.data.or(config.data);
     if let Some(listen) = args.listen {
         config.listen = listen;
     }
@@ -354,13 +362,18 @@ fn configure(args: ServeArgs) -> anyhow::Result<Config> {
 
 fn volume_command(command: VolumeCommand) -> anyhow::Result<Ctl> {
     Ok(match command {
-        VolumeCommand::Create { name, size, copysets, stripe_unit, stripe_count } => Ctl::VolumeCreate {
-            name,
-            size: size.0,
-            copysets: copysets.as_deref().map(parse_copysets).transpose()?.unwrap_or_default(),
-            stripe_unit: u32::try_from(stripe_unit.0).context("--stripe-unit")?,
-            stripe_count,
-        },
+        VolumeCommand::Create { name, size, copysets, peers, id, chunk_size, stripe_unit, stripe_count } => {
+            Ctl::VolumeCreate {
+                name,
+                size: size.0,
+                copysets: copysets.as_deref().map(parse_copysets).transpose()?.unwrap_or_default(),
+                peers: peers.iter().map(ToString::to_string).collect(),
+                id,
+                chunk_size: chunk_size.map(|size| u32::try_from(size.0)).transpose().context("--chunk-size")?,
+                stripe_unit: u32::try_from(stripe_unit.0).context("--stripe-unit")?,
+                stripe_count,
+            }
+        }
         VolumeCommand::List => Ctl::VolumeList,
         VolumeCommand::Delete { name } => Ctl::VolumeDelete { name },
         VolumeCommand::Resize { name, size } => Ctl::VolumeResize { name, size: size.0 },

@@ -258,6 +258,14 @@ counters! {
     PeerHeld = "peer_append_held_num",
     /// Appends of other replicas cut short because no slot was free.
     PeerNoSpace = "peer_append_nospace_num",
+    /// Operations of volumes sent to other servers.
+    RemoteSent = "remote_request_num",
+    /// Of these, ended without their server's answer; they are sent again.
+    RemoteLost = "remote_request_lost_num",
+    /// Operations of volumes that wait for another server, and questions for a leader (a gauge).
+    RemoteWaiting = "remote_request_count",
+    /// Questions for the leader of a copyset.
+    LeaderLooks = "leader_lookup_num",
 }
 
 /// RPC methods measured; the service's table must not be longer.

@@ -6,11 +6,11 @@
 mod drain;
 mod nebd;
 mod peers;
+mod remote;
 mod routing;
 mod sockets;
 
-use crate::chunk::Layout;
-use crate::control::shards::Port;
+use crate::control::shards::{Order, Port};
 use crate::io::{Completion, ConnId, Done, Instant, Io, ListenerId, Op, ShardId, Token};
 use crate::limits;
 use crate::mailbox::{Mail, Mailbox};
@@ -20,9 +20,11 @@ use crate::nebd::server::Server as NebdServer;
 use crate::peer::{PeerCounts, PeerEvent, Peers};
 use crate::rpc;
 use crate::service::{self, Context, Shared};
+use crate::shard::diskless::Core;
 use crate::shard::mail::PeerMail;
-use crate::shard::{Arenas, Effects, Failure, Shard};
+use crate::shard::{Arenas, Effects, Failure};
 use crate::volume::catalog::SharedCatalog;
+use crate::volume::remote::{Remote, RemoteCounts};
 use routing::{Gather, Job, Waiting};
 use slab::Slab;
 use sockets::Conn;
@@ -58,8 +60,14 @@ pub struct Setup {
     pub control: Option<Port>,
     /// Of this shard.
     pub arenas: Arenas,
-    /// The disk.
-    pub layout: Layout,
+    /// Shards of this process.
+    pub shards: u16,
+    /// Bytes of a chunk.
+    pub chunk_size: u32,
+    /// Identity of the disk; a process without one has a number of its own life.
+    pub disk: [u8; 16],
+    /// Drawn at the start: no other life of this process has it.
+    pub seed: u64,
 }
 
 /// Owners of operations, the top byte of a token.
@@ -73,6 +81,7 @@ enum Owner {
     Close = 5,
     Wake = 6,
     Connect = 7,
+    Dial = 8,
 }
 
 /// Largest NEBD write of a shard with these buffers, bytes: one buffer holds it, and others have room beside it.
@@ -92,7 +101,7 @@ fn token(owner: Owner, serial: u32, index: usize) -> Token {
 /// One core's loop.
 pub struct Reactor<I: Io> {
     io: I,
-    shard: Shard,
+    shard: Core,
     number: u16,
     shards: u16,
     setup: Setup,
@@ -126,6 +135,12 @@ pub struct Reactor<I: Io> {
     peer_counts: PeerCounts,
     /// Connections of the links of `peers`.
     link_conns: BTreeMap<usize, usize>,
+    remote: Remote<remote::Asker>,
+    remote_counts: RemoteCounts,
+    /// Connections to the servers of `remote`.
+    server_conns: BTreeMap<usize, usize>,
+    /// Volume I/Os and errands so far.
+    next_job: u64,
     again: bool,
     requested: bool,
     starved: bool,
@@ -142,18 +157,20 @@ impl<I: Io> std::fmt::Debug for Reactor<I> {
 
 impl<I: Io> Reactor<I> {
     /// A loop for `shard`, which will recover in the first turns.
-    pub fn new(io: I, number: u16, shard: Shard, setup: Setup) -> Self {
+    pub fn new(io: I, number: u16, shard: impl Into<Core>, setup: Setup) -> Self {
+        let shard = shard.into();
         let context = Context::new(Arc::clone(&setup.shared), usize::from(number));
-        let me = peers::identity(&context, &setup.layout, number);
-        let options = rpc::Options { route: service::route, chunk_size: setup.layout.chunk_size as usize };
+        let me = peers::identity(&context, &setup, number);
+        let options = rpc::Options { route: service::route, chunk_size: setup.chunk_size as usize };
         let nebd_options = rpc::Options { route: service::nebd_route, chunk_size: nebd_payload(&setup.arenas) };
         let nebd = setup.nebd.clone().map(nebd::Nebd::new);
         let now = io.now();
+        let remote = Remote::new(shard.has_disk().then_some(me.peer), setup.seed ^ u64::from(number) << 48);
         Self {
             io,
             shard,
             number,
-            shards: setup.layout.shards,
+            shards: setup.shards,
             context,
             options,
             nebd_options,
@@ -179,6 +196,10 @@ impl<I: Io> Reactor<I> {
             peer_mail: Vec::new(),
             peer_counts: PeerCounts::default(),
             link_conns: BTreeMap::new(),
+            remote,
+            remote_counts: RemoteCounts::default(),
+            server_conns: BTreeMap::new(),
+            next_job: 0,
             again: true,
             requested: false,
             starved: false,
@@ -235,6 +256,7 @@ impl<I: Io> Reactor<I> {
         self.accept_more();
         self.drain_step();
         self.consequences();
+        self.remote_step();
         self.peers_step();
         self.finish_sockets();
         let io = &mut self.io;
@@ -251,6 +273,7 @@ impl<I: Io> Reactor<I> {
             o if o == Owner::Send as u64 => self.sent(index, serial, &completion.done),
             o if o == Owner::Close as u64 => self.closed(index, serial),
             o if o == Owner::Connect as u64 => self.linked(index, &completion.done),
+            o if o == Owner::Dial as u64 => self.server_dialed(index, &completion.done),
             _ => assert!(matches!(completion.done, Done::Wake), "a completion without an owner: {completion:?}"),
         }
     }
@@ -312,8 +335,13 @@ impl<I: Io> Reactor<I> {
     }
 
     fn receive_control(&mut self) {
-        while let Some(request) = self.setup.control.as_ref().and_then(Port::poll) {
-            self.shard.request(request, &mut self.effects);
+        while let Some(order) = self.setup.control.as_ref().and_then(Port::poll) {
+            match order {
+                Order::Ask(request) => self.shard.request(request, &mut self.effects),
+                Order::Errand { origin, copyset, homes, chunk, op } => {
+                    self.errand(origin, copyset, &homes, chunk, op);
+                }
+            }
         }
     }
 
@@ -321,7 +349,7 @@ impl<I: Io> Reactor<I> {
         if self.again {
             return self.io.now();
         }
-        let mut deadline = self.shard.deadline().min(self.peers.deadline());
+        let mut deadline = self.shard.deadline().min(self.peers.deadline()).min(self.remote.deadline());
         if let Some(std::cmp::Reverse((at, ..))) = self.timers.peek() {
             deadline = deadline.min(*at);
         }

@@ -2,7 +2,7 @@
 
 mod nebd;
 
-use crate::chunk::ExtentPool;
+use crate::chunk::{ExtentPool, Layout};
 use crate::config::Config;
 use crate::control::disk::Disk;
 use crate::control::server::{self, Setup as ControlSetup};
@@ -10,12 +10,14 @@ use crate::control::shards::{Port, connect};
 use crate::io::buffer::Arena;
 use crate::io::uring::{self, Doorbells, RingCounters, Setup as RingSetup, Uring};
 use crate::io::{Io, ListenerId};
+use crate::limits::CHUNK_BYTES_MAX;
 use crate::mailbox::{Mailbox, mesh};
 use crate::metrics::ProcessStats;
 use crate::metrics::text::{Var, Vars};
 use crate::nebd::server::Server as NebdServer;
 use crate::reactor::{Protocol, Reactor, Setup};
 use crate::service::{Info, Shared};
+use crate::shard::diskless::{Core, Diskless};
 use crate::shard::{self, Arenas, Shard};
 use crate::volume::catalog::{CatalogStore, SharedCatalog};
 use anyhow::Context;
@@ -55,18 +57,17 @@ pub fn run(config: &Config) -> anyhow::Result<ExitCode> {
     uring::probe()?;
     raise_fd_limit();
     let wait = Duration::from_millis(config.start_wait_ms);
-    let disk = Disk::open(&config.data, wait)?;
-    let layout = disk.layout.clone();
-    config.check_disk(layout.chunk_size)?;
+    let disk = config.data.as_deref().map(|data| Disk::open(data, wait)).transpose()?;
+    let node = Node::new(config, disk.as_ref())?;
     let catalog = CatalogStore::open(&config.catalog())?;
     let nebd = nebd::Prepared::new(config, wait)?;
     let sockets = Sockets::bind(config, nebd.as_ref(), wait)?;
     let peer = peer_id(sockets.rpc_address)?;
     let effective = Config { nebd: nebd.as_ref().map(|n| n.config().clone()), ..config.clone() };
-    let shared = Shared::new(info(&effective, peer, layout.chunk_size), usize::from(layout.shards));
-    let bells = Doorbells::new(layout.shards).context("event fds")?;
-    let (links, ports) = connect(layout.shards, &bells);
-    let (nebd, _nebd_lock) = nebd.map(|prepared| prepared.start(layout.shards, &bells)).unzip();
+    let shared = Shared::new(info(&effective, peer, node.chunk_size), usize::from(node.shards));
+    let bells = Doorbells::new(node.shards).context("event fds")?;
+    let (links, ports) = connect(node.shards, &bells);
+    let (nebd, _nebd_lock) = nebd.map(|prepared| prepared.start(node.shards, &bells)).unzip();
     if let Some(setup) = &nebd {
         show_nebd(&shared, &setup.server);
     }
@@ -75,7 +76,8 @@ pub fn run(config: &Config) -> anyhow::Result<ExitCode> {
 
     let parts = Parts {
         config,
-        disk: &disk,
+        disk: disk.as_ref(),
+        node: &node,
         shared: &shared,
         catalog: catalog.shared(),
         nebd: nebd.as_ref().map(|setup| Arc::clone(&setup.server)),
@@ -89,8 +91,8 @@ pub fn run(config: &Config) -> anyhow::Result<ExitCode> {
         links,
         catalog,
         peer: peer.0,
-        chunk_size: layout.chunk_size,
-        about: about(&effective, &layout, peer),
+        chunk_size: node.chunk_size,
+        about: about(&effective, disk.as_ref(), &node, peer),
         set_log,
         nebd,
     };
@@ -100,9 +102,10 @@ pub fn run(config: &Config) -> anyhow::Result<ExitCode> {
             tracing::error!(%error, "the command socket is not served");
         }
     })?;
-    tracing::info!(listen = %sockets.rpc_address, data = %config.data.display(), shards = layout.shards, "serving");
+    let data = config.data.as_deref().map_or_else(|| "none".into(), Path::to_string_lossy);
+    tracing::info!(listen = %sockets.rpc_address, %data, shards = node.shards, "serving");
 
-    let code = supervise(&happened, &shared, &bells, layout.shards);
+    let code = supervise(&happened, &shared, &bells, node.shards);
     let _ = std::fs::remove_file(ctl_socket);
     if let Some(path) = &config.nbd_socket {
         let _ = std::fs::remove_file(path);
@@ -140,9 +143,36 @@ fn supervise(happened: &std::sync::mpsc::Receiver<Event>, shared: &Shared, bells
     ExitCode::SUCCESS
 }
 
+/// What does not depend on whether there is a disk.
+struct Node {
+    shards: u16,
+    chunk_size: u32,
+    /// Identity of the disk, or a number of this life.
+    id: [u8; 16],
+    /// Drawn for this life.
+    seed: u64,
+}
+
+impl Node {
+    fn new(config: &Config, disk: Option<&Disk>) -> anyhow::Result<Self> {
+        let mut drawn = [0; 24];
+        let _ = rustix::rand::getrandom(&mut drawn, rustix::rand::GetRandomFlags::empty());
+        let ([id @ .., _, _, _, _, _, _, _, _], seed) = (&drawn, drawn.last_chunk::<8>().copied().unwrap_or_default());
+        let seed = u64::from_le_bytes(seed);
+        let Some(Disk { layout, .. }) = disk else {
+            let cores = std::thread::available_parallelism().map_or(1, |n| (n.get() - 1).clamp(1, 256) as u16);
+            let shards = if config.export_shards == 0 { cores } else { config.export_shards };
+            return Ok(Self { shards, chunk_size: CHUNK_BYTES_MAX as u32, id: *id, seed });
+        };
+        config.check_disk(layout.chunk_size)?;
+        Ok(Self { shards: layout.shards, chunk_size: layout.chunk_size, id: layout.uuid, seed })
+    }
+}
+
 struct Parts<'a> {
     config: &'a Config,
-    disk: &'a Disk,
+    disk: Option<&'a Disk>,
+    node: &'a Node,
     shared: &'a Arc<Shared>,
     catalog: SharedCatalog,
     nebd: Option<Arc<NebdServer>>,
@@ -157,7 +187,7 @@ struct Seed {
     ring: RingSetup,
     shard: shard::Config,
     arenas: Arenas,
-    extents: Arc<ExtentPool>,
+    disk: Option<(Layout, Arc<ExtentPool>)>,
     setup: Setup,
     cpu: Option<usize>,
 }
@@ -168,17 +198,17 @@ impl Parts<'_> {
         ports: Vec<Port>,
         events: &Sender<Event>,
     ) -> anyhow::Result<Vec<std::thread::JoinHandle<()>>> {
-        let layout = &self.disk.layout;
-        let extents = ExtentPool::new(layout);
+        let shards = self.node.shards;
+        let disk = self.disk.map(|disk| (disk.layout.clone(), ExtentPool::new(&disk.layout)));
         let arenas = |size: u64| -> anyhow::Result<Vec<Arc<Arena>>> {
-            (0..layout.shards).map(|_| Arena::new(size as usize).context("memory for buffers")).collect()
+            (0..shards).map(|_| Arena::new(size as usize).context("memory for buffers")).collect()
         };
         let payload = arenas(self.config.payload_buffers.0)?;
-        let work = arenas(self.config.work_buffers.0)?;
+        let work = arenas(if disk.is_some() { self.config.work_buffers.0 } else { 1 << 20 })?;
         let all: Vec<Arc<Arena>> = payload.iter().chain(&work).cloned().collect();
         let cpus = cpus();
         let mut threads = Vec::new();
-        for (number, (mailbox, port)) in (0..layout.shards).zip(mesh(layout.shards).into_iter().zip(ports)) {
+        for (number, (mailbox, port)) in (0..shards).zip(mesh(shards).into_iter().zip(ports)) {
             let n = usize::from(number);
             let arenas =
                 Arenas { payload: Arc::clone(&payload[n]), work: Arc::clone(&work[n]), all_payload: payload.clone() };
@@ -186,7 +216,7 @@ impl Parts<'_> {
                 number,
                 ring: RingSetup {
                     shard: number,
-                    files: vec![self.disk.file.as_raw_fd()],
+                    files: self.disk.iter().map(|disk| disk.file.as_raw_fd()).collect(),
                     listeners: self.sockets.fds(),
                     arenas: all.clone(),
                     entries: RING_ENTRIES,
@@ -194,17 +224,16 @@ impl Parts<'_> {
                     doorbells: Arc::clone(self.bells),
                 },
                 shard: self.shard_config(number),
-                extents: Arc::clone(&extents),
+                disk: disk.clone(),
                 setup: self.setup(number, mailbox, port, arenas.clone()),
                 arenas,
                 cpu: self.config.pin_shards.then(|| cpus.get(n).copied()).flatten(),
             };
             let events = events.clone();
             let shared = Arc::clone(self.shared);
-            let layout = layout.clone();
             let thread = std::thread::Builder::new().name(format!("shard-{number}"));
             threads.push(thread.spawn(move || {
-                let result = shard_thread(seed, &layout, &shared);
+                let result = shard_thread(seed, &shared);
                 let _ = events.send(Event::Shard(number, result));
             })?);
         }
@@ -212,15 +241,13 @@ impl Parts<'_> {
     }
 
     fn shard_config(&self, shard: u16) -> shard::Config {
-        let mut seed = [0; 8];
-        let _ = rustix::rand::getrandom(&mut seed, rustix::rand::GetRandomFlags::empty());
         shard::Config {
             shard,
             peer: self.peer.0,
             dirty_limit: self.config.dirty_limit.0 as usize,
             flush_age_ns: self.config.flush_age_ms.saturating_mul(1_000_000),
             election_ms: self.config.election_timeout_ms,
-            seed: u64::from_le_bytes(seed),
+            seed: self.node.seed.rotate_left(u32::from(shard)) ^ u64::from(shard) << 56,
         }
     }
 
@@ -234,12 +261,15 @@ impl Parts<'_> {
             mailbox,
             control: Some(port),
             arenas,
-            layout: self.disk.layout.clone(),
+            shards: self.node.shards,
+            chunk_size: self.node.chunk_size,
+            disk: self.node.id,
+            seed: self.node.seed,
         }
     }
 }
 
-fn shard_thread(seed: Seed, layout: &crate::chunk::Layout, shared: &Arc<Shared>) -> Result<(), String> {
+fn shard_thread(seed: Seed, shared: &Arc<Shared>) -> Result<(), String> {
     if let Some(cpu) = seed.cpu {
         let mut set = rustix::thread::CpuSet::new();
         set.set(cpu);
@@ -253,9 +283,14 @@ fn shard_thread(seed: Seed, layout: &crate::chunk::Layout, shared: &Arc<Shared>)
     let counters: Arc<RingCounters> = io.counters();
     let metrics = shared.registry().shard(usize::from(seed.number)).ok_or("no metrics for this shard")?;
     let now = io.now();
-    let shard = Shard::new(seed.shard, layout.clone(), seed.arenas, seed.extents, Arc::clone(metrics), now)
-        .map_err(|e| e.to_string())?;
-    let mut reactor = Reactor::new(io, seed.number, shard, seed.setup);
+    let core = match seed.disk {
+        Some((layout, extents)) => {
+            let shard = Shard::new(seed.shard, layout, seed.arenas, extents, Arc::clone(metrics), now);
+            Core::from(shard.map_err(|e| e.to_string())?)
+        }
+        None => Diskless::new(seed.number, seed.arenas.payload).into(),
+    };
+    let mut reactor = Reactor::new(io, seed.number, core, seed.setup);
     while !reactor.finished() {
         reactor.turn();
         metrics.set(crate::metrics::Counter::Enters, counters.enters.load(std::sync::atomic::Ordering::Relaxed));
@@ -361,12 +396,13 @@ fn flat(key: String, value: toml::Value) -> Vec<(String, String)> {
     }
 }
 
-fn about(config: &Config, layout: &crate::chunk::Layout, peer: PeerId) -> serde_json::Value {
+fn about(config: &Config, disk: Option<&Disk>, node: &Node, peer: PeerId) -> serde_json::Value {
+    let (slots, size) = disk.map_or((0, 0), |disk| (disk.layout.slot_count, disk.layout.size));
     serde_json::json!({
         "version": env!("CARGO_PKG_VERSION"), "pid": std::process::id(), "peer": peer.to_string(),
         "data": config.data, "nebd_socket": config.nebd.as_ref().map(|n| &n.socket),
         "nbd_socket": config.nbd_socket, "nbd_listen": config.nbd_listen,
-        "chunk_size": layout.chunk_size, "slots": layout.slot_count, "disk_size": layout.size,
+        "chunk_size": node.chunk_size, "slots": slots, "disk_size": size,
     })
 }
 

@@ -28,7 +28,7 @@ const ROOMS: &[(&str, &[&str])] = &[
     ("rpc", &["io", "limits"]),
     ("peer", &["chunk", "io", "limits", "rpc", "shard::mail"]),
     ("service", &["io", "limits", "metrics", "rpc", "shard::request"]),
-    ("volume", &["io", "shard::request"]),
+    ("volume", &["io", "rpc", "shard::request"]),
     ("volume::catalog", &["volume"]),
     ("nbd", &["io", "limits", "shard::request", "volume", "volume::catalog"]),
     ("nebd", &["io", "limits", "metrics", "rpc", "service", "shard::request", "volume"]),
@@ -36,7 +36,7 @@ const ROOMS: &[(&str, &[&str])] = &[
     ("reactor", &["chunk", "control::shards", "io", "limits", "mailbox", "metrics", "nbd", "nebd", "peer", "rpc", "service", "shard",
         "shard::mail", "shard::request", "volume", "volume::catalog"]),
     ("control", &["chunk", "control::shards", "io", "io::uring", "nebd", "shard", "shard::request", "volume", "volume::catalog"]),
-    ("serve", &["chunk", "config", "control", "control::shards", "io", "io::uring", "mailbox", "metrics", "nebd", "reactor",
+    ("serve", &["chunk", "config", "control", "control::shards", "io", "io::uring", "limits", "mailbox", "metrics", "nebd", "reactor",
         "service", "shard", "volume::catalog"]),
     ("main", &["config", "control", "serve"]),
 ];
@@ -81,11 +81,14 @@ const SANS_IO: &[&str] = &[
     "chunkserver/src/service/",
     "chunkserver/src/shard/",
     "chunkserver/src/volume/io.rs",
+    "chunkserver/src/volume/leaders.rs",
     "chunkserver/src/volume/map.rs",
     "chunkserver/src/volume/mod.rs",
     "chunkserver/part1/src/exchange.rs",
     "chunkserver/part1/src/outgoing.rs",
     "chunkserver/part1/src/request.rs",
+    "chunkserver/src/volume/remote.rs",
+    "chunkserver/src/volume/wire.rs",
 ];
 /// What they must not know. (The reactor takes error numbers, not calls, from `libc`.)
 const FORBIDDEN_PATHS: &[&str] =

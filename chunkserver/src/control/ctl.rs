@@ -21,6 +21,15 @@ pub enum Command {
         size: u64,
         /// (pool, copyset) pairs in mapping order; empty = all copysets of this server.
         copysets: Vec<(u32, u32)>,
+        /// Servers that have these copysets; empty = this server, and whom its replicas know.
+        #[serde(default)]
+        peers: Vec<String>,
+        /// Id of a volume that another server describes too.
+        #[serde(default)]
+        id: Option<u32>,
+        /// Bytes of a chunk, if not this server's.
+        #[serde(default)]
+        chunk_size: Option<u32>,
         /// Bytes, 0 = not striped.
         stripe_unit: u32,
         /// Chunks side by side, 0 = not striped.

@@ -140,6 +140,7 @@ mod tests {
     use crate::volume::catalog::NewVolume;
     use crate::volume::map::Shape;
     use raftlog::CopysetId;
+    use std::collections::BTreeMap;
 
     fn executor() -> (tempfile::TempDir, LocalExecutor) {
         let folder = tempfile::tempdir().unwrap();
@@ -151,7 +152,9 @@ mod tests {
     fn create(store: &mut CatalogStore, name: &str) {
         let shape = Shape { size: 8 << 20, chunk_size: 1 << 20, stripe_unit: 0, stripe_count: 0 };
         let copysets = vec![CopysetId::new(1, 1)];
-        store.create(NewVolume { name: name.into(), shape, copysets, created: 0 }).unwrap();
+        store
+            .create(NewVolume { name: name.into(), shape, copysets, homes: BTreeMap::new(), id: None, created: 0 })
+            .unwrap();
     }
 
     #[test]

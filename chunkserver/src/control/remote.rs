@@ -175,7 +175,7 @@ pub fn change(at: SocketAddr, id: CopysetId, change: &Change) -> Result<Value, R
 
 /// Who leads.
 fn leader(at: SocketAddr, id: CopysetId) -> Result<PeerId, RemoteError> {
-    let ask = wire::GetLeaderRequest2 { logic_pool_id: id.pool(), copyset_id: id.copyset(), peer: None };
+    let ask = wire::GetLeaderRequest2 { logic_pool_id: id.pool(), copyset_id: id.copyset(), ..Default::default() };
     let answer: wire::GetLeaderResponse2 = call(at, CLI, "GetLeader", &ask)?;
     answer.leader.address().parse().map_err(|_| RemoteError::Answer(at))
 }

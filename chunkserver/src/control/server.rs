@@ -5,13 +5,14 @@ use super::local::LocalExecutor;
 use super::nebd;
 use super::shards::{Links, NoAnswer, Shards};
 use crate::shard::request::{AdminOp, ChunkOp, CopysetStatus, Outcome, Reply, ReplyData, RequestOp};
-use crate::volume::Volume;
-use crate::volume::catalog::{CatalogStore, NewVolume};
+use crate::volume::catalog::{CatalogStore, NewVolume, SHARED_IDS};
 use crate::volume::map::Shape;
+use crate::volume::{Homes, Volume};
 use copyset::PeerId;
 use raftlog::CopysetId;
 use serde_json::{Value, json};
 use std::cell::RefCell;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
 use std::sync::Arc;
@@ -151,11 +152,13 @@ impl Server {
 
     async fn execute(&self, command: Command) -> Result<Value, String> {
         match command {
-            Command::VolumeCreate { name, size, copysets, stripe_unit, stripe_count } => {
-                let copysets = self.known_copysets(&copysets).await?;
-                let shape = Shape { size, chunk_size: self.chunk_size, stripe_unit, stripe_count };
+            Command::VolumeCreate { name, size, copysets, peers, id, chunk_size, stripe_unit, stripe_count } => {
+                let (copysets, homes) = self.known_copysets(&copysets, &peers).await?;
+                let chunk_size = chunk_size.unwrap_or(self.chunk_size);
+                let shape = Shape { size, chunk_size, stripe_unit, stripe_count };
                 let created = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs());
-                let new = NewVolume { name, shape, copysets, created };
+                let id = id.or_else(|| (!homes.is_empty()).then(drawn_id));
+                let new = NewVolume { name, id, shape, copysets, homes, created };
                 let volume = self.catalog.borrow_mut().create(new).map_err(|e| e.to_string())?;
                 Ok(volume_json(&volume))
             }
@@ -212,17 +215,30 @@ impl Server {
         Ok(all)
     }
 
-    /// The copysets asked for, if all exist; all there are when none is named.
-    async fn known_copysets(&self, wanted: &[(u32, u32)]) -> Result<Vec<CopysetId>, String> {
-        let here: Vec<CopysetId> = self.copysets().await?.iter().map(|c| CopysetId(c.id)).collect();
-        if wanted.is_empty() {
-            return if here.is_empty() { Err("create copysets first".into()) } else { Ok(here) };
-        }
+    /// The copysets asked for, if all exist; all there are when none is named. And where they are. With `peers` they are
+    /// taken to be there.
+    async fn known_copysets(&self, wanted: &[(u32, u32)], peers: &[String]) -> Result<(Vec<CopysetId>, Homes), String> {
         let ids: Vec<CopysetId> = wanted.iter().map(|&(pool, id)| CopysetId::new(pool, id)).collect();
-        match ids.iter().find(|id| !here.contains(id)) {
-            Some(id) => Err(format!("there is no copyset {}:{}", id.pool(), id.copyset())),
-            None => Ok(ids),
+        if !peers.is_empty() {
+            let peers: Result<Vec<u64>, _> =
+                peers.iter().map(|peer| peer.parse::<PeerId>().map(|peer| peer.0)).collect();
+            let peers = peers.map_err(|e| e.to_string())?;
+            let homes = ids.iter().map(|&id| (id, peers.clone())).collect();
+            return Ok((ids, homes));
         }
+        let here: BTreeMap<CopysetId, Vec<u64>> =
+            self.copysets().await?.into_iter().map(|c| (CopysetId(c.id), c.peers)).collect();
+        if let Some(id) = ids.iter().find(|id| !here.contains_key(id)) {
+            return Err(format!("there is no copyset {}:{}; name its servers (--peers)", id.pool(), id.copyset()));
+        }
+        let ids: Vec<CopysetId> = if wanted.is_empty() { here.keys().copied().collect() } else { ids };
+        if ids.is_empty() {
+            return Err("create copysets first".into());
+        }
+        // A copyset that is here alone needs no description.
+        let homes = here.into_iter().filter(|(id, peers)| ids.contains(id) && peers.iter().any(|&p| p != self.peer));
+        let homes = homes.collect();
+        Ok((ids, homes))
     }
 
     async fn create_copysets(&self, pool: u32, first: u32, count: u32) -> Result<Value, String> {
@@ -278,8 +294,8 @@ impl Server {
         for some in chunks.chunks(DELETES_AT_ONCE) {
             let mut tasks = Vec::with_capacity(some.len());
             for &(copyset, chunk) in some {
-                let (shards, sn) = (self.shards.clone(), volume.sn());
-                tasks.push(tokio_uring::spawn(async move { delete_chunk(&shards, copyset, chunk, sn).await }));
+                let (shards, sn, homes) = (self.shards.clone(), volume.sn(), volume.homes(copyset).to_vec());
+                tasks.push(tokio_uring::spawn(async move { delete_chunk(&shards, copyset, &homes, chunk, sn).await }));
             }
             for task in tasks {
                 task.await.map_err(|e| e.to_string())??;
@@ -289,10 +305,9 @@ impl Server {
     }
 }
 
-async fn delete_chunk(shards: &Shards, copyset: CopysetId, chunk: u64, sn: u64) -> Result<(), String> {
+async fn delete_chunk(shards: &Shards, copyset: CopysetId, homes: &[u64], chunk: u64, sn: u64) -> Result<(), String> {
     for _ in 0..DELETE_ATTEMPTS {
-        let op = RequestOp::Chunk { chunk, op: ChunkOp::Delete { sn } };
-        let reply = shards.ask_copyset(copyset, op).await.map_err(|e| e.to_string())?;
+        let reply = shards.errand(copyset, homes, chunk, ChunkOp::Delete { sn }).await.map_err(|e| e.to_string())?;
         match reply.outcome {
             Outcome::Success | Outcome::NoChunk | Outcome::NoCopyset => return Ok(()),
             Outcome::NotLeader | Outcome::Overload => tokio::time::sleep(std::time::Duration::from_millis(20)).await,
@@ -300,6 +315,13 @@ async fn delete_chunk(shards: &Shards, copyset: CopysetId, chunk: u64, sn: u64) 
         }
     }
     Err(format!("deleting chunk {chunk}: its copyset has no leader"))
+}
+
+/// An id that no other catalog has, as far as chance goes.
+fn drawn_id() -> u32 {
+    let mut drawn = [0; 4];
+    let _ = rustix::rand::getrandom(&mut drawn, rustix::rand::GetRandomFlags::empty());
+    u32::from_le_bytes(drawn) | SHARED_IDS
 }
 
 fn success(reply: Result<Reply, NoAnswer>) -> Result<Reply, String> {
@@ -314,10 +336,12 @@ fn success(reply: Result<Reply, NoAnswer>) -> Result<Reply, String> {
 
 fn volume_json(volume: &Volume) -> Value {
     let shape = volume.geometry().shape();
+    let servers: BTreeSet<u64> = volume.all_homes().copied().collect();
+    let servers: Vec<String> = servers.into_iter().map(|peer| PeerId(peer).to_string()).collect();
     json!({
         "id": volume.id(), "name": volume.name(), "size": volume.size(), "chunk_size": shape.chunk_size,
         "stripe_unit": shape.stripe_unit, "stripe_count": shape.stripe_count, "sn": volume.sn(),
-        "created": volume.created(),
+        "created": volume.created(), "servers": servers,
         "copysets": volume.geometry().copysets().iter().map(|c| json!([c.pool(), c.copyset()])).collect::<Vec<_>>(),
     })
 }

@@ -2,7 +2,7 @@
 
 use crate::chunk::shard_of;
 use crate::io::uring::Doorbells;
-use crate::shard::request::{AdminOp, Origin, Reply, Request, RequestOp};
+use crate::shard::request::{AdminOp, ChunkOp, Origin, Reply, Request, RequestOp};
 use raftlog::CopysetId;
 use slab::Slab;
 use std::cell::RefCell;
@@ -16,17 +16,37 @@ const DEPTH: usize = 1024;
 /// `Origin::shard` of the control thread.
 pub const CONTROL: u16 = u16::MAX;
 
+/// What the control thread wants of a shard's thread.
+#[derive(Debug)]
+pub enum Order {
+    /// An answer of this shard.
+    Ask(Request),
+    /// An operation on a chunk by whoever leads its copyset, here or on another server.
+    Errand {
+        /// Where the reply goes.
+        origin: Origin,
+        /// Copyset.
+        copyset: CopysetId,
+        /// Where to look for it ([`crate::volume::Volume::homes`]).
+        homes: Vec<u64>,
+        /// Chunk.
+        chunk: u64,
+        /// What.
+        op: ChunkOp,
+    },
+}
+
 /// A shard's end.
 #[derive(Debug)]
 pub struct Port {
-    requests: Receiver<Request>,
+    requests: Receiver<Order>,
     replies: mpsc::UnboundedSender<Reply>,
 }
 
 impl Port {
     /// The next request, if one is there.
     #[must_use]
-    pub fn poll(&self) -> Option<Request> {
+    pub fn poll(&self) -> Option<Order> {
         self.requests.try_recv().ok()
     }
     /// Answer one. Bounded: there are never more replies than requests in flight.
@@ -38,7 +58,7 @@ impl Port {
 /// The control thread's end, before it is on its thread.
 #[derive(Debug)]
 pub struct Links {
-    requests: Vec<SyncSender<Request>>,
+    requests: Vec<SyncSender<Order>>,
     replies: mpsc::UnboundedReceiver<Reply>,
     bells: Arc<Doorbells>,
 }
@@ -62,7 +82,7 @@ type Waiting = Slab<(u32, oneshot::Sender<Reply>)>;
 /// The shards, as the control thread's tasks use them.
 #[derive(Clone, Debug)]
 pub struct Shards {
-    links: Rc<Vec<SyncSender<Request>>>,
+    links: Rc<Vec<SyncSender<Order>>>,
     bells: Arc<Doorbells>,
     waiting: Rc<RefCell<Waiting>>,
     serial: Rc<RefCell<u32>>,
@@ -103,6 +123,23 @@ impl Shards {
     /// # Errors
     /// [`NoAnswer`].
     pub async fn ask(&self, shard: u16, copyset: CopysetId, op: RequestOp) -> Result<Reply, NoAnswer> {
+        self.order(shard, |origin| Order::Ask(Request { copyset, op, origin })).await
+    }
+
+    /// Have whoever leads the copyset do something on a chunk. Not done for a passing reason, as [`Outcome::NotLeader`]
+    /// while nobody is known to lead: ask again.
+    ///
+    /// # Errors
+    /// [`NoAnswer`].
+    ///
+    /// [`Outcome::NotLeader`]: crate::shard::request::Outcome::NotLeader
+    pub async fn errand(&self, copyset: CopysetId, homes: &[u64], chunk: u64, op: ChunkOp) -> Result<Reply, NoAnswer> {
+        let homes = homes.to_vec();
+        let order = |origin| Order::Errand { origin, copyset, homes, chunk, op };
+        self.order(shard_of(copyset, self.count()), order).await
+    }
+
+    async fn order(&self, shard: u16, order: impl FnOnce(Origin) -> Order) -> Result<Reply, NoAnswer> {
         let (out, answer) = oneshot::channel();
         let serial = {
             let mut serial = self.serial.borrow_mut();
@@ -111,17 +148,17 @@ impl Shards {
         };
         let slot = self.waiting.borrow_mut().insert((serial, out));
         let origin = Origin { shard: CONTROL, slot: slot as u32, serial };
-        let mut request = Request { copyset, op, origin };
+        let mut order = order(origin);
         let link = self.links.get(usize::from(shard)).ok_or(NoAnswer)?;
         loop {
-            match link.try_send(request) {
+            match link.try_send(order) {
                 Ok(()) => break,
                 Err(TrySendError::Disconnected(_)) => {
                     self.waiting.borrow_mut().try_remove(slot);
                     return Err(NoAnswer);
                 }
                 Err(TrySendError::Full(back)) => {
-                    request = back;
+                    order = back;
                     self.bells.ring(shard);
                     tokio::time::sleep(std::time::Duration::from_millis(1)).await;
                 }

@@ -46,7 +46,7 @@ pub struct Limits {
 
 impl Default for Limits {
     fn default() -> Self {
-        Self { requests: 256, bytes: MAX_PAYLOAD as usize, io_timeout_ms: 30_000 }
+        Self { requests: 256, bytes: MAX_PAYLOAD as usize, io_timeout_ms: 120_000 }
     }
 }
 

@@ -184,9 +184,11 @@ impl<I: Io> Reactor<I> {
         let serial = self.next_serial();
         let Some(nebd) = &mut self.nebd else { return };
         let Some(call) = nebd.calls.get_mut(slot) else { return };
+        self.next_job += 1;
         match service::run(&call.op, handle) {
             Run::Io(io) => {
-                let job = self.jobs.insert(Job { client: call.client, whose: Whose::Nebd(slot), io, serial });
+                let (client, whose) = (call.client, Whose::Nebd(slot));
+                let job = self.jobs.insert(Job { client, whose, io, serial, number: self.next_job });
                 call.state = State::Running(job);
                 self.drive(job);
             }

@@ -6,8 +6,8 @@
 
 use super::routing::Client;
 use super::sockets::Session;
-use super::{Owner, Reactor, token};
-use crate::chunk::{Layout, shard_of};
+use super::{Owner, Reactor, Setup, token};
+use crate::chunk::shard_of;
 use crate::io::{ConnId, Done, Io, Op};
 use crate::mailbox::Greeted;
 use crate::metrics::Counter;
@@ -18,7 +18,7 @@ use proto::peer::{Hello, Lane, Status};
 
 impl<I: Io> Reactor<I> {
     fn identity(&self) -> Identity {
-        identity(&self.context, &self.setup.layout, self.number)
+        identity(&self.context, &self.setup, self.number)
     }
 
     /// A connection of the RPC port says that it is a peer's.
@@ -189,9 +189,9 @@ impl<I: Io> Reactor<I> {
 }
 
 /// Who this shard is, for its peers.
-pub(super) fn identity(context: &Context, layout: &Layout, shard: u16) -> Identity {
-    let (peer, shards, chunk_size, disk) = (context.info().peer.0, layout.shards, layout.chunk_size, layout.uuid);
-    Identity { peer, shard, shards, chunk_size, disk, cluster: [0; 16] }
+pub(super) fn identity(context: &Context, setup: &Setup, shard: u16) -> Identity {
+    let Setup { shards, chunk_size, disk, .. } = *setup;
+    Identity { peer: context.info().peer.0, shard, shards, chunk_size, disk, cluster: [0; 16] }
 }
 
 /// Stands for whoever sent a greeting that cannot be read.

@@ -2,6 +2,7 @@
 //!
 //! Every request has a slot here until its reply came; a connection that is gone by then only loses the answer.
 
+use super::remote::Asker;
 use super::sockets::Session;
 use super::{Owner, Reactor, token};
 use crate::chunk::shard_of;
@@ -11,10 +12,12 @@ use crate::metrics::Counter;
 use crate::nbd::NbdEvent;
 use crate::rpc::{self, Incoming};
 use crate::service::{self, Handled, Pending};
-use crate::shard::request::{Origin, Reply, Request, RequestOp};
-use crate::volume::io::{Progress, VolumeIo};
+use crate::shard::request::{Origin, Outcome, Reply, ReplyData, Request, RequestOp};
+use crate::volume::io::{Pieces, Progress, VolumeError, VolumeIo};
+use crate::volume::leaders::Leader;
 use raftlog::CopysetId;
 use std::cmp::Reverse;
+use std::sync::Arc;
 
 /// Timers at or above this number are for listeners.
 pub(super) const ACCEPT_TIMER: usize = 1 << 31;
@@ -34,10 +37,17 @@ pub(super) struct Waiting {
 }
 
 #[derive(Debug)]
-enum Whom {
+pub(super) enum Whom {
     Call(Client, Pending),
     Gather(usize),
-    Volume { job: usize, part: u32 },
+    /// An operation of a volume, asked of the replica of this process.
+    Leader {
+        asker: Asker,
+        copyset: CopysetId,
+        leader: Leader,
+    },
+    /// Who leads, asked of the replica of this process.
+    Told(CopysetId),
 }
 
 /// A call that asks every shard.
@@ -64,6 +74,8 @@ pub(super) struct Job {
     pub(super) whose: Whose,
     pub(super) io: VolumeIo,
     pub(super) serial: u32,
+    /// Never used again, unlike its slot.
+    pub(super) number: u64,
 }
 
 impl<I: Io> Reactor<I> {
@@ -82,7 +94,9 @@ impl<I: Io> Reactor<I> {
                 NbdEvent::Io { id, io } => {
                     self.context.metrics().add(Counter::NbdRequests, 1);
                     let serial = self.next_serial();
-                    let job = self.jobs.insert(Job { client, whose: Whose::Nbd(id), io, serial });
+                    self.next_job += 1;
+                    let whose = Whose::Nbd(id);
+                    let job = self.jobs.insert(Job { client, whose, io, serial, number: self.next_job });
                     self.drive(job);
                 }
                 NbdEvent::Disconnect => self.touch(index),
@@ -144,11 +158,11 @@ impl<I: Io> Reactor<I> {
         self.conns.get(client.index).is_some_and(|c| c.serial == client.serial && !c.is_doomed())
     }
 
-    fn ask(&mut self, copyset: CopysetId, op: RequestOp, whom: Whom) {
+    pub(super) fn ask(&mut self, copyset: CopysetId, op: RequestOp, whom: Whom) {
         self.ask_shard(ShardId(shard_of(copyset, self.shards)), copyset, op, whom);
     }
 
-    fn ask_shard(&mut self, shard: ShardId, copyset: CopysetId, op: RequestOp, whom: Whom) {
+    pub(super) fn ask_shard(&mut self, shard: ShardId, copyset: CopysetId, op: RequestOp, whom: Whom) {
         let serial = self.next_serial();
         let slot = self.waiting.insert(Waiting { serial, whom });
         let origin = Origin { shard: self.number, slot: slot as u32, serial };
@@ -193,36 +207,48 @@ impl<I: Io> Reactor<I> {
                     self.handled(client, handled);
                 }
             }
-            Whom::Volume { job, part } => self.volume_reply(job, part, reply),
+            Whom::Leader { asker, copyset, leader } => self.leader_reply(asker, copyset, leader, reply),
+            Whom::Told(copyset) => self.told(copyset, &reply),
         }
     }
 
-    fn volume_reply(&mut self, key: usize, part: u32, reply: Reply) {
+    pub(super) fn volume_reply(&mut self, key: usize, part: u32, reply: Reply) {
         let now = self.io.now();
         let Some(job) = self.jobs.get_mut(key) else { return };
         match job.io.reply(part, reply, now) {
             Progress::More | Progress::Retry { .. } => self.drive(key),
-            Progress::Done(result) => {
-                let Job { client, whose, .. } = self.jobs.remove(key);
-                let id = match whose {
-                    Whose::Nbd(id) => id,
-                    Whose::Nebd(slot) => return self.nebd_done(slot, result),
-                };
-                if let Some(conn) = self.conns.get_mut(client.index).filter(|c| c.serial == client.serial)
-                    && let Session::Nbd(session) = &mut conn.session
-                {
-                    session.done(id, result);
-                    self.touch(client.index);
-                }
-            }
+            Progress::Done(result) => self.job_done(key, result),
+        }
+    }
+
+    fn job_done(&mut self, key: usize, result: Result<Pieces, VolumeError>) {
+        let Job { client, whose, .. } = self.jobs.remove(key);
+        let id = match whose {
+            Whose::Nbd(id) => id,
+            Whose::Nebd(slot) => return self.nebd_done(slot, result),
+        };
+        if let Some(conn) = self.conns.get_mut(client.index).filter(|c| c.serial == client.serial)
+            && let Session::Nbd(session) = &mut conn.session
+        {
+            session.done(id, result);
+            self.touch(client.index);
         }
     }
 
     /// Send what a volume I/O may send now.
     pub(super) fn drive(&mut self, key: usize) {
         let now = self.io.now();
-        while let Some(part) = self.jobs.get_mut(key).and_then(|job| job.io.next_part(now)) {
-            self.ask(part.copyset, part.op, Whom::Volume { job: key, part: part.part });
+        while let Some(job) = self.jobs.get_mut(key) {
+            let Some(part) = job.io.next_part(now) else { break };
+            let (volume, id) = (Arc::clone(job.io.volume()), job.number << 24 | u64::from(part.instance & 0xff_ffff));
+            let asker = Asker::Part { job: key, part: part.part };
+            if self.dispatch(asker, part.copyset, volume.homes(part.copyset), part.op, (id, part.attempt)) {
+                continue;
+            }
+            let Some(job) = self.jobs.get_mut(key) else { break };
+            if let Progress::Done(result) = job.io.reply(part.part, nobody_leads(), now) {
+                return self.job_done(key, result);
+            }
         }
         if let Some(job) = self.jobs.get(key)
             && let Some(at) = job.io.wake_at()
@@ -256,4 +282,10 @@ impl<I: Io> Reactor<I> {
             self.io.submit(token(Owner::Wake, 0, 0), Op::Wake { shard: ShardId(shard) });
         }
     }
+}
+
+/// The answer to a request that was sent to nobody.
+fn nobody_leads() -> Reply {
+    let origin = Origin { shard: 0, slot: 0, serial: 0 };
+    Reply { origin, outcome: Outcome::NotLeader, applied_index: 0, data: ReplyData::None }
 }

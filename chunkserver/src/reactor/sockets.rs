@@ -31,6 +31,8 @@ pub(super) enum Session {
     Peer(Box<peer::Inbound>),
     /// We called a peer: a link of `Reactor::peers`.
     Link(usize),
+    /// We called a server for a volume: one of `Reactor::remote`.
+    Server(usize),
 }
 
 /// A connection.
@@ -73,7 +75,7 @@ impl Conn {
             Session::Rpc(c) | Session::Nebd(c) => c.holds_payload(),
             Session::Nbd(s) => s.holds_payload(),
             Session::Peer(p) => p.holds_payload(),
-            Session::Link(_) => false,
+            Session::Link(_) | Session::Server(_) => false,
         }
     }
     /// Owes no answer and has none queued.
@@ -83,7 +85,7 @@ impl Conn {
             // What is unanswered and not running is sent again, to whoever serves next.
             Session::Nebd(c) => c.backlog_bytes() == 0,
             Session::Nbd(s) => s.requests_in_flight() == 0 && s.backlog_bytes() == 0,
-            Session::Peer(_) | Session::Link(_) => true, // nobody waits for an answer
+            Session::Peer(_) | Session::Link(_) | Session::Server(_) => true, // nobody waits for an answer
         }
     }
 }
@@ -236,6 +238,11 @@ impl<I: Io> Reactor<I> {
                 conn.input = Some((RecvBuf::new(bytes::Bytes::new()), 0));
                 return self.parse(index);
             }
+            Session::Server(server) => {
+                self.remote.direct_done(*server, buf, added);
+                conn.input = Some((RecvBuf::new(bytes::Bytes::new()), 0));
+                return self.parse(index);
+            }
             Session::Link(_) => {}
         }
         self.handle_incoming(index);
@@ -280,6 +287,10 @@ impl<I: Io> Reactor<I> {
                 self.peers.received(now, *link, rest, &mut self.peer_events);
                 (false, false, None)
             }
+            Session::Server(server) => match self.remote.received(now, *server, &mut rest, arena) {
+                Ok(waits) => (waits, waits, None),
+                Err(reason) => (false, false, Some(reason.to_string())),
+            },
         };
         if more {
             let at = data.len() - rest.len();
@@ -361,6 +372,7 @@ impl<I: Io> Reactor<I> {
             Session::Nbd(s) => (s.take_send().into_iter().collect(), s.is_finished()),
             Session::Peer(p) => (p.take_send(SEND_BUFS), p.is_finished()),
             Session::Link(link) => (self.peers.take_send(*link, SEND_BUFS), false),
+            Session::Server(server) => (self.remote.take_send(*server, SEND_BUFS), false),
         };
         if bufs.is_empty() {
             conn.doomed |= finished;
@@ -383,6 +395,10 @@ impl<I: Io> Reactor<I> {
             Session::Nbd(s) => (s.may_receive(), s.direct()),
             Session::Peer(p) => (p.may_receive(), p.direct()),
             Session::Link(_) => (true, None),
+            Session::Server(server) => {
+                let (waits, direct) = (self.remote.wants_buffer(*server), self.remote.direct(*server));
+                (!waits, direct)
+            }
         };
         let op = match direct {
             Some((buf, filled)) => Op::RecvInto { conn: conn.id, buf, filled },
@@ -401,6 +417,7 @@ impl<I: Io> Reactor<I> {
             Session::Rpc(c) | Session::Nebd(c) => c.wants_buffer().is_some(),
             Session::Nbd(s) => s.wants_buffer(),
             Session::Peer(p) => p.wants_buffer(),
+            Session::Server(server) => self.remote.wants_buffer(*server),
             Session::Link(_) => false,
         };
         if hungry && !std::mem::replace(&mut conn.listed, true) {
@@ -417,8 +434,10 @@ impl<I: Io> Reactor<I> {
             Session::Rpc(c) | Session::Nebd(c) => c.sent(),
             Session::Nbd(s) => s.sent(),
             Session::Peer(p) => p.sent(),
-            Session::Link(_) if conn.doomed => {} // the link has forgotten this connection
+            // The link or server has forgotten this connection.
+            Session::Link(_) | Session::Server(_) if conn.doomed => {}
             Session::Link(link) => self.peers.sent(*link),
+            Session::Server(server) => self.remote.sent(*server),
         }
         if matches!(done, Done::Send(Err(_))) {
             self.doom(index);
@@ -431,7 +450,11 @@ impl<I: Io> Reactor<I> {
         if let Some(conn) = self.conns.get_mut(index) {
             let first = !std::mem::replace(&mut conn.doomed, true);
             conn.input = None;
-            let link = if let Session::Link(link) = conn.session { Some(link) } else { None };
+            let (link, server) = match conn.session {
+                Session::Link(link) => (Some(link), None),
+                Session::Server(server) => (None, Some(server)),
+                _ => (None, None),
+            };
             let nebd = matches!(conn.session, Session::Nebd(_));
             self.touch(index);
             if nebd && first {
@@ -439,6 +462,9 @@ impl<I: Io> Reactor<I> {
             }
             if let Some(link) = link.filter(|_| first) {
                 self.unlinked(link);
+            }
+            if let Some(server) = server.filter(|_| first) {
+                self.server_lost(server);
             }
         }
     }

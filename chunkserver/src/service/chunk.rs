@@ -14,7 +14,7 @@ use crate::io::Instant;
 use crate::limits::BLOCK;
 use crate::metrics::{Counter, OpKind};
 use crate::rpc::{Attachment, Call};
-use crate::shard::request::{AdminOp, ChunkOp, Outcome, Reply, ReplyData, RequestOp};
+use crate::shard::request::{AdminOp, ChunkOp, Guard, Outcome, Reply, ReplyData, RequestOp};
 use bytes::Bytes;
 use copyset::PeerId;
 use proto::chunkserver::{
@@ -123,9 +123,19 @@ fn copyset_of(request: &ChunkRequest) -> CopysetId {
 }
 
 fn ask(request: &ChunkRequest, ticket: Ticket, kind: OpKind, size: u32, op: ChunkOp) -> Handled {
-    let op = RequestOp::Chunk { chunk: request.chunk_id, op };
+    let (chunk, reads) = (request.chunk_id, matches!(op, ChunkOp::Read { .. }));
+    let op = match guard_of(request) {
+        Some(guard) if !reads => RequestOp::Guarded { guard, chunk, op },
+        _ => RequestOp::Chunk { chunk, op },
+    };
     let pending = Pending(Step::Chunk(Waiting { ticket, want: Want::Op { kind, size } }));
     Handled::Shard { copyset: copyset_of(request), op, charge: 0, pending }
+}
+
+/// What our own clients say of changes that they may send again.
+fn guard_of(request: &ChunkRequest) -> Option<Guard> {
+    let (client, id) = (request.client_id?, request.request_id?);
+    Some(Guard { client, id, attempt: request.attempt(), term: request.leader_term() })
 }
 
 fn fenced(ctx: &Context, request: &ChunkRequest) -> bool {

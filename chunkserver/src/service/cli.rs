@@ -32,7 +32,7 @@ pub(super) struct Waiting {
 /// The form of the answer.
 #[derive(Clone, Copy, Debug)]
 enum Want {
-    Leader { v1: bool },
+    Leader { v1: bool, term: bool },
     Add { v1: bool },
     Remove { v1: bool },
     Change,
@@ -61,8 +61,8 @@ pub(super) fn dispatch(ctx: &Context, now: Instant, ticket: Ticket, method: Meth
     }
     let (v1, v2) = (true, false);
     match method {
-        Method::GetLeader => serve!(wire::GetLeaderRequest2, m => Call::leader(v2)),
-        Method::GetLeaderV1 => serve!(wire::GetLeaderRequest, m => Call::leader(v1)),
+        Method::GetLeader => serve!(wire::GetLeaderRequest2, m => Call::leader(v2, m.want_term())),
+        Method::GetLeaderV1 => serve!(wire::GetLeaderRequest, m => Call::leader(v1, false)),
         Method::AddPeer => {
             serve!(wire::AddPeerRequest2, m => Call::one(m.leader.address(), m.add_peer.address(), Want::Add { v1: v2 }, MemberOp::Add))
         }
@@ -110,8 +110,8 @@ struct Call {
 }
 
 impl Call {
-    fn leader(v1: bool) -> Self {
-        Self { at: Some(PeerId::NONE), op: Some(AdminOp::CopysetStatus), want: Want::Leader { v1 } }
+    fn leader(v1: bool, term: bool) -> Self {
+        Self { at: Some(PeerId::NONE), op: Some(AdminOp::CopysetStatus), want: Want::Leader { v1, term } }
     }
 
     fn one(at: &str, peer: &str, want: Want, op: impl FnOnce(u64) -> MemberOp) -> Self {
@@ -166,8 +166,8 @@ pub(super) fn resume(ctx: &Context, now: Instant, waiting: Waiting, reply: &Repl
     if reply.outcome == Outcome::Stopping {
         return ticket.log_off(ctx, now);
     }
-    if let Want::Leader { v1 } = want {
-        return leader(ctx, now, ticket, copyset, v1, reply);
+    if let Want::Leader { v1, term } = want {
+        return leader(ctx, now, ticket, copyset, (v1, term), reply);
     }
     if let Some((code, text)) = failure(copyset, reply) {
         return ticket.fail(ctx, now, code, &text);
@@ -210,16 +210,32 @@ pub(super) fn resume_all(ctx: &Context, now: Instant, waiting: Waiting, replies:
     }
 }
 
-fn leader(ctx: &Context, now: Instant, ticket: Ticket, copyset: CopysetId, v1: bool, reply: &Reply) -> Handled {
-    let leader = match (reply.outcome, &reply.data) {
-        (Outcome::Success, ReplyData::Copysets(list)) => list.first().map(|found| PeerId(found.leader)),
+/// `form`: CliService's, and with the term.
+fn leader(
+    ctx: &Context,
+    now: Instant,
+    ticket: Ticket,
+    copyset: CopysetId,
+    form: (bool, bool),
+    reply: &Reply,
+) -> Handled {
+    let found = match (reply.outcome, &reply.data) {
+        (Outcome::Success, ReplyData::Copysets(list)) => list.first().map(|found| (PeerId(found.leader), found.term)),
         _ => None,
     };
-    match leader {
-        None => ticket.fail(ctx, now, errno::ENOENT, &format!("No nodes in group {}", copyset.0)),
-        Some(leader) if leader.is_none() => ticket.fail(ctx, now, errno::EAGAIN, "Unknown leader"),
-        Some(leader) if v1 => ticket.reply(ctx, now, &wire::GetLeaderResponse { leader_id: leader.to_string() }),
-        Some(leader) => ticket.reply(ctx, now, &wire::GetLeaderResponse2 { leader: peer(leader.to_string()) }),
+    let Some((leader, term)) = found else {
+        return ticket.fail(ctx, now, errno::ENOENT, &format!("No nodes in group {}", copyset.0));
+    };
+    if leader.is_none() {
+        return ticket.fail(ctx, now, errno::EAGAIN, "Unknown leader");
+    }
+    let name = leader.to_string();
+    match form {
+        (true, _) => ticket.reply(ctx, now, &wire::GetLeaderResponse { leader_id: name }),
+        (false, wanted) => {
+            let term = wanted.then_some(term);
+            ticket.reply(ctx, now, &wire::GetLeaderResponse2 { leader: peer(name), term })
+        }
     }
 }
 

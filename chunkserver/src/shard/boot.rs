@@ -115,6 +115,7 @@ impl Shard {
             read_queue: VecDeque::new(),
             early: Vec::new(),
             deferred: VecDeque::new(),
+            guards: super::guard::Guards::default(),
             in_flight_bytes: 0,
             proposed_cost: 0,
             admin: Vec::new(),

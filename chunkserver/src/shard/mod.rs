@@ -9,10 +9,12 @@ mod apply;
 mod boot;
 mod bulk;
 mod catchup;
+pub mod diskless;
 mod effects;
 pub mod entry;
 mod flush;
 mod follow;
+mod guard;
 mod install;
 mod lease;
 pub mod mail;
@@ -36,6 +38,7 @@ use crate::metrics::{Counter, ShardMetrics};
 use crate::shard::request::{Origin, Outcome, Reply, ReplyData, Request, RequestOp, ShardStatus};
 use bytes::Bytes;
 use copyset::{Committed, Copyset, Effect};
+use propose::Deferred;
 use raftlog::{CopysetId, Log, WriteId};
 use slab::Slab;
 use std::cell::RefCell;
@@ -198,7 +201,8 @@ pub struct Shard {
     /// Requests that came before start-up was over.
     early: Vec<Request>,
     /// Writes that found no room, in order.
-    deferred: VecDeque<Request>,
+    deferred: VecDeque<Deferred>,
+    guards: guard::Guards,
     /// Payload bytes proposed and not yet applied.
     in_flight_bytes: usize,
     /// Log space of proposals that raft has not handed to the log yet.
@@ -260,6 +264,17 @@ impl Shard {
         match request.op {
             RequestOp::Admin(_) => self.administer(request, out),
             RequestOp::Chunk { .. } => self.chunk_request(request, out),
+            RequestOp::Guarded { guard, chunk, op } => {
+                let Request { copyset, origin, .. } = request;
+                if !self.guards.passes(&guard) {
+                    return reply(out, origin, Outcome::Failed); // nobody waits for this answer
+                }
+                let term = self.groups.get(&copyset).map(|group| group.raft.term());
+                if guard.term != 0 && term.is_some_and(|term| term != guard.term) {
+                    return self.redirect(copyset, origin, out);
+                }
+                self.chunk_request(Request { copyset, op: RequestOp::Chunk { chunk, op }, origin }, out);
+            }
         }
     }
 
@@ -379,7 +394,7 @@ impl Shard {
             return;
         }
         tracing::error!(shard = self.config.shard, "the log is full of what copysets out of service keep: delete them");
-        for request in std::mem::take(&mut self.deferred) {
+        for Deferred { request, .. } in std::mem::take(&mut self.deferred) {
             reply(out, request.origin, Outcome::DiskFail);
         }
     }
@@ -427,7 +442,7 @@ impl Shard {
 
     fn drain_step(&mut self, out: &mut Effects) {
         let State::Draining { until, .. } = self.state else { return };
-        for request in std::mem::take(&mut self.deferred) {
+        for Deferred { request, .. } in std::mem::take(&mut self.deferred) {
             reply(out, request.origin, Outcome::Stopping); // not begun: the log may have no room for it for long
         }
         if until <= self.now {
@@ -456,7 +471,8 @@ impl Shard {
         for waiting in std::mem::take(&mut self.waiting).into_iter().map(|(_, w)| w.origin) {
             reply(out, waiting, outcome);
         }
-        for request in std::mem::take(&mut self.deferred).into_iter().chain(std::mem::take(&mut self.early)) {
+        let deferred = std::mem::take(&mut self.deferred).into_iter().map(|deferred| deferred.request);
+        for request in deferred.chain(std::mem::take(&mut self.early)) {
             reply(out, request.origin, outcome);
         }
         for job in std::mem::take(&mut self.reads).into_iter().map(|(_, job)| job.origin) {

@@ -7,6 +7,13 @@ use bytes::Bytes;
 use copyset::ProposeError;
 use raftlog::CopysetId;
 
+/// A write that found no room.
+pub(super) struct Deferred {
+    pub(super) request: Request,
+    /// When it came this replica led in this term. In another one it is not proposed any more (rule 30).
+    term: u64,
+}
+
 impl Shard {
     pub(super) fn chunk_request(&mut self, request: Request, out: &mut Effects) {
         let RequestOp::Chunk { chunk, ref op } = request.op else { return };
@@ -32,7 +39,8 @@ impl Shard {
                 if !group.raft.is_leader_ready() {
                     self.redirect(request.copyset, request.origin, out);
                 } else if self.writes_wait() || !self.has_room(op) {
-                    self.deferred.push_back(request);
+                    let term = group.raft.term();
+                    self.deferred.push_back(Deferred { request, term });
                 } else {
                     self.propose(request, out);
                 }
@@ -51,21 +59,28 @@ impl Shard {
 
     /// The first write that waits would find room now.
     pub(super) fn may_admit(&self) -> bool {
-        let Some(Request { op: RequestOp::Chunk { op, .. }, .. }) = self.deferred.front() else { return false };
+        let Some(Deferred { request: Request { op: RequestOp::Chunk { op, .. }, .. }, .. }) = self.deferred.front()
+        else {
+            return false;
+        };
         !matches!(self.state, State::Failed(_)) && self.has_room(op)
     }
 
     /// Try again what found no room, in order.
     pub(super) fn admit_deferred(&mut self, out: &mut Effects) {
-        while let Some(request) = self.deferred.front() {
-            let RequestOp::Chunk { ref op, .. } = request.op else { unreachable!("only chunk operations wait") };
+        while let Some(deferred) = self.deferred.front() {
+            let RequestOp::Chunk { ref op, .. } = deferred.request.op else {
+                unreachable!("only chunk operations wait")
+            };
             if !self.has_room(op) {
                 return;
             }
-            let Some(request) = self.deferred.pop_front() else { return };
+            let Some(Deferred { request, term }) = self.deferred.pop_front() else { return };
             match self.groups.get(&request.copyset) {
                 None => reply(out, request.origin, Outcome::NoCopyset),
-                Some(group) if !group.raft.is_leader_ready() => self.redirect(request.copyset, request.origin, out),
+                Some(group) if !group.raft.is_leader_ready() || group.raft.term() != term => {
+                    self.redirect(request.copyset, request.origin, out)
+                }
                 Some(_) => self.propose(request, out),
             }
         }

@@ -99,11 +99,33 @@ pub enum MemberOp {
     Transfer(u64),
 }
 
+/// What makes a change harmless that its sender may send again, having lost sight of it (rule 30).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Guard {
+    /// Life of the sender: a number drawn at its start.
+    pub client: u64,
+    /// The change, among the sender's.
+    pub id: u64,
+    /// How often it was sent before. Once a later attempt came, earlier ones are not done any more.
+    pub attempt: u32,
+    /// Term in which the addressee led when it was sent, 0 if not known: it is done in no other.
+    pub term: u64,
+}
+
 /// An operation.
 #[derive(Clone, Debug)]
 pub enum RequestOp {
     /// On a chunk.
     Chunk {
+        /// Chunk id.
+        chunk: u64,
+        /// What.
+        op: ChunkOp,
+    },
+    /// The same, if it is not outdated.
+    Guarded {
+        /// When it is.
+        guard: Guard,
         /// Chunk id.
         chunk: u64,
         /// What.

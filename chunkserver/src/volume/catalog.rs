@@ -1,6 +1,6 @@
 //! The catalog: which volumes exist. Owner of the format of one JSON file.
 //!
-//! `{"version":1,"crc":"<CRC32C of the compact JSON of body>","body":{"generation","next_id","volumes":[…]}}`
+//! `{"version":2,"crc":"<CRC32C of the compact JSON of body>","body":{"generation","next_id","volumes":[…]}}`
 //!
 //! Promises: a change is on disk (temp file, fsync, rename, fsync of the folder) before anyone sees it; a file that is
 //! not understood in every detail is refused and never overwritten; ids are never reused, so neither are chunk ids; one
@@ -13,8 +13,9 @@ pub use self::store::{CatalogStore, ChangeError, NewVolume};
 
 mod store;
 
-use crate::volume::Volume;
 use crate::volume::map::{BLOCK_BYTES, Geometry, Shape};
+use crate::volume::{Homes, Volume};
+use copyset::PeerId;
 use raftlog::CopysetId;
 use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, BTreeSet};
@@ -23,12 +24,17 @@ use std::io::{ErrorKind, Read};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 
-/// Version of the file this code writes, and the only one it reads.
-pub const CATALOG_VERSION: u32 = 1;
+/// Version of the file this code writes. It reads version 1 too, which knows no servers of copysets.
+pub const CATALOG_VERSION: u32 = 2;
 /// Most volumes.
 pub const VOLUMES_MAX: usize = 4096;
 /// Longest name, bytes.
 pub const NAME_BYTES_MAX: usize = 255;
+/// Most servers named for one copyset.
+pub const PEERS_MAX: usize = 32;
+/// Ids from here on are not counted but drawn, or taken over from another server's catalog: volumes whose copysets several
+/// servers have. Two catalogs must not give the same chunks to different volumes.
+pub const SHARED_IDS: u32 = 1 << 31;
 const FILE_BYTES_MAX: u64 = 256 << 20;
 
 /// Why the catalog cannot be used. Nothing was changed.
@@ -84,11 +90,14 @@ struct Body {
     volumes: Vec<Record>,
 }
 
-#[derive(Clone, Copy, Serialize, Deserialize)]
+#[derive(Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct CopysetRecord {
     pool: u32,
     copyset: u32,
+    /// `ip:port:index` of servers that have it; none: this one.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    peers: Vec<String>,
 }
 
 #[derive(Serialize, Deserialize)]
@@ -179,11 +188,15 @@ impl Catalog {
     fn decode(path: &Path, bytes: &[u8]) -> Result<Self, OpenError> {
         let damaged = |why: String| OpenError::Damaged { path: path.to_owned(), why };
         let AnyVersion { version: found } = serde_json::from_slice(bytes).map_err(|e| damaged(e.to_string()))?;
-        if found != u64::from(CATALOG_VERSION) {
+        if !(1..=u64::from(CATALOG_VERSION)).contains(&found) {
             return Err(OpenError::Version { path: path.to_owned(), found });
         }
         let form: FileForm = serde_json::from_slice(bytes).map_err(|e| damaged(e.to_string()))?;
         let crc = body_crc(&form.body).map_err(|e| damaged(e.to_string()))?;
+        let with_servers = form.body.volumes.iter().any(|volume| volume.copysets.iter().any(|c| !c.peers.is_empty()));
+        if found == 1 && with_servers {
+            return Err(damaged("version 1 has no servers of copysets".into()));
+        }
         if form.crc != crc {
             return Err(damaged(format!("checksum is {}, its contents have {crc}", form.crc)));
         }
@@ -199,7 +212,7 @@ impl Catalog {
         let mut ids = BTreeSet::new();
         for record in body.volumes {
             let (id, name, deleting) = (record.id, record.name.clone(), record.deleting);
-            if id == 0 || id >= body.next_id || !ids.insert(id) {
+            if id == 0 || (id < SHARED_IDS && id >= body.next_id) || !ids.insert(id) {
                 return Err(format!("volume {name:?} has an impossible id {id}"));
             }
             let volume = Arc::new(record.into_volume()?);
@@ -231,7 +244,8 @@ fn body_crc(body: &Body) -> Result<String, serde_json::Error> {
 impl Record {
     fn of(volume: &Volume, deleting: bool) -> Self {
         let Shape { size, chunk_size, stripe_unit, stripe_count } = *volume.geometry().shape();
-        let copyset = |id: &CopysetId| CopysetRecord { pool: id.pool(), copyset: id.copyset() };
+        let names = |id| volume.homes(id).iter().map(|&peer| PeerId(peer).to_string()).collect();
+        let copyset = |&id: &CopysetId| CopysetRecord { pool: id.pool(), copyset: id.copyset(), peers: names(id) };
         Self {
             id: volume.id(),
             name: volume.name().to_owned(),
@@ -257,10 +271,23 @@ impl Record {
         }
         let Self { size, chunk_size, stripe_unit, stripe_count, .. } = self;
         let copysets = self.copysets.iter().map(|c| CopysetId::new(c.pool, c.copyset)).collect();
+        let homes = homes(&self.copysets).map_err(|why| format!("volume {name:?}: {why}"))?;
         let geometry = Geometry::new(self.id, Shape { size, chunk_size, stripe_unit, stripe_count }, copysets)
             .map_err(|e| format!("volume {name:?}: {e}"))?;
-        Ok(Volume::new(self.id, name, self.sn, self.created, geometry))
+        Ok(Volume::new(self.id, name, self.sn, self.created, geometry).with_homes(homes))
     }
+}
+
+fn homes(records: &[CopysetRecord]) -> Result<Homes, String> {
+    let mut homes = Homes::new();
+    for record in records.iter().filter(|record| !record.peers.is_empty()) {
+        if record.peers.len() > PEERS_MAX {
+            return Err(format!("{} servers of one copyset are more than {PEERS_MAX}", record.peers.len()));
+        }
+        let peers: Result<Vec<u64>, _> = record.peers.iter().map(|peer| peer.parse::<PeerId>().map(|p| p.0)).collect();
+        homes.insert(CopysetId::new(record.pool, record.copyset), peers.map_err(|e| e.to_string())?);
+    }
+    Ok(homes)
 }
 
 /// Whether a volume may be called so: 1 to 255 bytes, printable, no '/'.

@@ -15,8 +15,14 @@ use std::sync::Arc;
 
 /// Requests of one I/O in flight at a time. A zero range of 4 GiB has hundreds, an I/O of 32 MiB 128.
 pub const PARTS_IN_FLIGHT_MAX: usize = 32;
-const BACKOFF_MS: u64 = 10;
-const BACKOFF_MS_MAX: u64 = 640;
+/// Pause before the next attempt, milliseconds: while somebody else is found who leads,
+const REDIRECTED_MS: u64 = 10;
+/// of a server that has too much to do already (doubling from the first to the second, a tenth more or less),
+const OVERLOAD_MS: (u64, u64) = (100, 8_000);
+/// and after anything else that passes.
+const FAILED_MS: (u64, u64) = (10, 640);
+/// A failed disk is asked again so often, while its server ends.
+const DISK_ATTEMPTS: u32 = 7;
 
 static ZEROS: [u8; EXTENT_BYTES_MAX as usize] = [0; EXTENT_BYTES_MAX as usize];
 
@@ -110,6 +116,10 @@ pub struct Part {
     pub op: RequestOp,
     /// To be given to [`VolumeIo::reply`].
     pub part: u32,
+    /// Which of the I/O's requests it is, from 0; the same for all its attempts.
+    pub instance: u32,
+    /// How often it was asked before.
+    pub attempt: u32,
 }
 
 /// What a reply changed.
@@ -141,6 +151,7 @@ struct Slot {
     piece: usize,
     /// Kept for asking again.
     payload: Option<Payload>,
+    instance: u32,
     attempts: u32,
 }
 
@@ -161,6 +172,8 @@ pub struct VolumeIo {
     cursor: Cursor,
     deadline: Instant,
     slots: SmallVec<[Slot; 1]>,
+    /// Requests begun so far.
+    begun: u32,
     asked: usize,
     waiting: usize,
     failed: Option<VolumeError>,
@@ -194,11 +207,18 @@ impl VolumeIo {
             cursor,
             deadline,
             slots: SmallVec::new(),
+            begun: 0,
             asked: 0,
             waiting: 0,
             failed: None,
             done: false,
         })
+    }
+
+    /// Whose bytes these are.
+    #[must_use]
+    pub const fn volume(&self) -> &Arc<Volume> {
+        &self.volume
     }
 
     /// The next request to send now, if any. Each must be answered with [`Self::reply`] once.
@@ -213,10 +233,12 @@ impl VolumeIo {
             }
             None => self.start_next()?,
         };
-        let (copyset, op) = (self.slots[at].extent.copyset, self.request(at));
-        self.slots[at].state = State::Asked;
+        let op = self.request(at);
+        let slot = &mut self.slots[at];
+        slot.state = State::Asked;
         self.asked += 1;
-        Some(Part { copyset, op, part: at as u32 })
+        let (copyset, part) = (slot.extent.copyset, at as u32);
+        Some(Part { copyset, op, part, instance: slot.instance, attempt: slot.attempts })
     }
 
     /// When to call [`Self::next_part`] although no reply came.
@@ -279,7 +301,8 @@ impl VolumeIo {
             Work::Write(payloads) => payload = Some(take_payload(payloads, extent.len as usize)),
             Work::Zero => {}
         }
-        let slot = Slot { state: State::Free, extent, piece, payload, attempts: 0 };
+        let slot = Slot { state: State::Free, extent, piece, payload, instance: self.begun, attempts: 0 };
+        self.begun += 1;
         let at = free.unwrap_or(self.slots.len());
         if at < self.slots.len() {
             self.slots[at] = slot;
@@ -303,7 +326,8 @@ impl VolumeIo {
     }
 
     fn judge(&mut self, at: usize, reply: Reply) -> Verdict {
-        let Slot { piece, extent, .. } = &self.slots[at];
+        let Slot { piece, extent, attempts, .. } = &self.slots[at];
+        let (attempts, others) = (*attempts, self.volume.homes(extent.copyset).len() > 1);
         match (&mut self.work, reply.outcome) {
             (Work::Read(pieces), Outcome::Success) => match whole_data(reply.data, extent.len) {
                 Some(data) => pieces[*piece] = data,
@@ -313,8 +337,10 @@ impl VolumeIo {
             (Work::Write(_), Outcome::Success) | (Work::Zero, Outcome::Success | Outcome::NoChunk) => {}
             (_, Outcome::NoSpace) => return Verdict::Fail(VolumeError::NoSpace),
             (_, Outcome::Stopping) => return Verdict::Fail(VolumeError::Stopping),
-            // None of these was done, and the reason passes.
+            // The reason passes.
             (_, again @ (Outcome::NotLeader | Outcome::Overload | Outcome::Failed)) => return Verdict::Again(again),
+            // A server whose disk failed ends, and another one leads then, if there is one.
+            (_, Outcome::DiskFail) if others && attempts < DISK_ATTEMPTS => return Verdict::Again(Outcome::DiskFail),
             (_, outcome) => return Verdict::Fail(VolumeError::Chunk(outcome)),
         }
         Verdict::Done
@@ -330,7 +356,7 @@ impl VolumeIo {
     /// Keep the slot for another attempt, if there is time for one.
     fn again(&mut self, at: usize, outcome: Outcome, now: Instant) -> Option<u64> {
         let slot = &mut self.slots[at];
-        let after_ms = (BACKOFF_MS << slot.attempts.min(6)).min(BACKOFF_MS_MAX);
+        let after_ms = pause_ms(outcome, slot.attempts, slot.extent.chunk ^ u64::from(slot.extent.offset));
         let until = now.after_ms(after_ms);
         if until >= self.deadline || self.volume.is_deleted() {
             let why = if self.volume.is_deleted() { VolumeError::Deleted } else { VolumeError::TimedOut(outcome) };
@@ -364,6 +390,20 @@ impl VolumeIo {
             Work::Read(pieces) => pieces.drain(..).flatten().collect(),
             _ => Pieces::new(),
         }
+    }
+}
+
+/// How long to wait before attempt number `attempts + 1`. `spread`: so that not all come back at the same time.
+fn pause_ms(outcome: Outcome, attempts: u32, spread: u64) -> u64 {
+    let doubled = |(first, last): (u64, u64)| (first << attempts.min(7)).min(last);
+    match outcome {
+        Outcome::NotLeader => REDIRECTED_MS,
+        Outcome::Overload => {
+            let pause = doubled(OVERLOAD_MS);
+            let draw = spread.wrapping_add(u64::from(attempts)).wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 32;
+            (pause - pause / 10 + draw % (pause / 5)).clamp(OVERLOAD_MS.0, OVERLOAD_MS.1)
+        }
+        _ => doubled(FAILED_MS),
     }
 }
 
@@ -461,7 +501,7 @@ mod tests {
                 now = wake;
                 continue;
             }
-            let Part { copyset, op, part } = flying.swap_remove(dice.below(flying.len()));
+            let Part { copyset, op, part, .. } = flying.swap_remove(dice.below(flying.len()));
             let refuse = refusals < 40 && dice.below(4) == 0;
             let answer = if refuse {
                 refusals += 1;
@@ -564,7 +604,8 @@ mod tests {
         let no = |o| reply(o, ReplyData::None);
         assert_eq!(one(no(Outcome::NoSpace)), Err(VolumeError::NoSpace));
         assert_eq!(one(no(Outcome::Stopping)), Err(VolumeError::Stopping));
-        assert_eq!(one(no(Outcome::DiskFail)), Err(VolumeError::Chunk(Outcome::DiskFail)));
+        assert_eq!(one(no(Outcome::CrcFail)), Err(VolumeError::Chunk(Outcome::CrcFail)));
+        assert_eq!(one(no(Outcome::DiskFail)), Err(VolumeError::Chunk(Outcome::DiskFail)), "nobody else has it");
         assert_eq!(one(no(Outcome::Success)), Err(VolumeError::WrongLength));
         let short = ReplyData::Data([Bytes::from_static(&[1; 100])].into_iter().collect());
         assert_eq!(one(reply(Outcome::Success, short)), Err(VolumeError::WrongLength));
@@ -581,27 +622,39 @@ mod tests {
         assert_eq!(new(IoKind::Read, 0, 4096), Some(VolumeError::Deleted));
     }
 
-    #[test]
-    fn back_off_grows_and_ends_at_the_deadline() {
+    /// Pauses until a request that is always answered so is given up, 2 s after it was made.
+    fn pauses(outcome: Outcome) -> Vec<u64> {
         let v = volume("v", shape(4 << 20, 1 << 20, 0, 0));
         let deadline = Instant(0).after_ms(2000);
         let mut io = VolumeIo::new(&v, IoKind::Read, 0, 4096, deadline).unwrap();
         let (mut now, mut waits) = (Instant(0), Vec::new());
         let error = loop {
-            let part = io.next_part(now).expect("due").part;
-            match io.reply(part, reply(Outcome::Overload, ReplyData::None), now) {
+            let part = io.next_part(now).expect("due");
+            assert_eq!((part.instance, part.attempt as usize), (0, waits.len()));
+            match io.reply(part.part, reply(outcome, ReplyData::None), now) {
                 Progress::Retry { after_ms } => {
                     assert!(io.next_part(now).is_none(), "not yet");
                     waits.push(after_ms);
-                    assert!(waits.len() < 20, "the deadline has passed");
+                    assert!(waits.len() < 1000, "the deadline has passed");
                     now = io.wake_at().unwrap();
                 }
                 Progress::Done(result) => break result.unwrap_err(),
                 Progress::More => panic!("nothing else is in flight"),
             }
         };
-        assert_eq!(waits, [10, 20, 40, 80, 160, 320, 640, 640]);
-        assert_eq!(error, VolumeError::TimedOut(Outcome::Overload));
+        assert_eq!(error, VolumeError::TimedOut(outcome));
+        waits
+    }
+
+    #[test]
+    fn back_off_depends_on_the_answer_and_ends_at_the_deadline() {
+        assert_eq!(pauses(Outcome::Failed), [10, 20, 40, 80, 160, 320, 640, 640]);
+        assert_eq!(pauses(Outcome::NotLeader), vec![10; 199], "a new leader is taken up at once");
+        let overload = pauses(Outcome::Overload);
+        assert!(overload.len() >= 4, "{overload:?}");
+        for (got, want) in overload.into_iter().zip([100u64, 200, 400, 800]) {
+            assert!(got >= want - want / 10 && got <= want + want / 10, "{got} for {want}");
+        }
     }
 
     #[test]

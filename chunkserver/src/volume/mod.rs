@@ -1,16 +1,26 @@
 //! Volumes: where they are described ([`catalog`]), where their bytes live ([`map`]) and how one I/O becomes requests
-//! to chunks ([`io`]). No socket and no ring here; NBD (and later NEBD) stand on top.
+//! to chunks ([`io`]), to whom they go ([`leaders`]) and how those of other servers are asked ([`remote`], [`wire`]). No
+//! socket and no ring here; NBD (and later NEBD) stand on top.
 
 pub mod catalog;
 pub mod io;
+pub mod leaders;
 pub mod map;
+pub mod remote;
+mod wire;
 
 #[cfg(test)]
 pub(crate) mod fake;
 
 use crate::volume::map::Geometry;
+use raftlog::CopysetId;
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+
+/// Servers that had a copyset when the volume was described, as [`copyset::PeerId`] packs them. Where to begin: whoever
+/// leads says who else is a member by now.
+pub type Homes = BTreeMap<CopysetId, Vec<u64>>;
 
 /// A volume as sessions hold it. It never changes: a resize makes a new one, which shares the mark of deletion.
 #[derive(Debug)]
@@ -20,6 +30,7 @@ pub struct Volume {
     sn: u64,
     created: u64,
     geometry: Geometry,
+    homes: Arc<Homes>,
     deleted: Arc<AtomicBool>,
 }
 
@@ -27,14 +38,20 @@ impl Volume {
     /// A volume that is not deleted.
     #[must_use]
     pub fn new(id: u32, name: String, sn: u64, created: u64, geometry: Geometry) -> Self {
-        Self { id, name, sn, created, geometry, deleted: Arc::default() }
+        Self { id, name, sn, created, geometry, homes: Arc::default(), deleted: Arc::default() }
+    }
+
+    /// The same volume, with where its copysets are. Without it they are taken to be in this process.
+    #[must_use]
+    pub fn with_homes(self, homes: Homes) -> Self {
+        Self { homes: Arc::new(homes), ..self }
     }
 
     /// The same volume with another mapping (a larger size).
     #[must_use]
     pub(crate) fn with_geometry(&self, geometry: Geometry) -> Self {
-        let deleted = Arc::clone(&self.deleted);
-        Self { id: self.id, name: self.name.clone(), sn: self.sn, created: self.created, geometry, deleted }
+        let (homes, deleted) = (Arc::clone(&self.homes), Arc::clone(&self.deleted));
+        Self { id: self.id, name: self.name.clone(), sn: self.sn, created: self.created, geometry, homes, deleted }
     }
 
     /// Number, never reused.
@@ -66,6 +83,15 @@ impl Volume {
     #[must_use]
     pub const fn geometry(&self) -> &Geometry {
         &self.geometry
+    }
+    /// Servers of a copyset; empty if none are described.
+    #[must_use]
+    pub fn homes(&self, copyset: CopysetId) -> &[u64] {
+        self.homes.get(&copyset).map_or(&[], Vec::as_slice)
+    }
+    /// Servers of all copysets, some more than once.
+    pub fn all_homes(&self) -> impl Iterator<Item = &u64> {
+        self.homes.values().flatten()
     }
     /// Whether it was deleted; no new I/O then.
     #[must_use]

@@ -57,8 +57,11 @@ impl Catalogs {
         let mut samples = Vec::new();
         for (i, (size, unit, count)) in [(1 << 30, 65536, 4), (4096, 0, 0), (1 << 40, 0, 0)].into_iter().enumerate() {
             let shape = Shape { size, chunk_size: 16 << 20, stripe_unit: unit, stripe_count: count };
-            let copysets = (0..1 + 3 * i as u32).map(|n| CopysetId::new(1, 100 + n)).collect();
-            store.create(NewVolume { name: format!("volume {i}"), shape, copysets, created: 1_700_000_000 }).unwrap();
+            let copysets: Vec<_> = (0..1 + 3 * i as u32).map(|n| CopysetId::new(1, 100 + n)).collect();
+            let homes =
+                copysets.iter().skip(1).map(|&id| (id, vec![0x7f00_0001_2008_0000, 0x7f00_0002_2008_0000])).collect();
+            let (name, id) = (format!("volume {i}"), (i == 2).then_some(1 << 31 | 5));
+            store.create(NewVolume { name, id, shape, copysets, homes, created: 1_700_000_000 }).unwrap();
             samples.push(std::fs::read(&path).unwrap());
         }
         store.delete("volume 1").unwrap();

@@ -97,16 +97,18 @@ impl Node {
     pub(crate) fn ask(&mut self, copyset: CopysetId, op: RequestOp) -> Reply {
         let (outcome, data) = match op {
             RequestOp::Admin(op) => self.admin(copyset, op),
-            RequestOp::Chunk { chunk, op } => match self.copysets.get_mut(&copyset) {
-                None => (Outcome::NoCopyset, ReplyData::None),
-                Some(status) if status.state != 1 && !matches!(op, ChunkOp::Hash { .. }) => {
-                    (Outcome::NotLeader, ReplyData::Leader(status.leader))
+            RequestOp::Chunk { chunk, op } | RequestOp::Guarded { chunk, op, .. } => {
+                match self.copysets.get_mut(&copyset) {
+                    None => (Outcome::NoCopyset, ReplyData::None),
+                    Some(status) if status.state != 1 && !matches!(op, ChunkOp::Hash { .. }) => {
+                        (Outcome::NotLeader, ReplyData::Leader(status.leader))
+                    }
+                    Some(status) => {
+                        status.applied += 1;
+                        self.chunk(copyset, chunk, op)
+                    }
                 }
-                Some(status) => {
-                    status.applied += 1;
-                    self.chunk(copyset, chunk, op)
-                }
-            },
+            }
         };
         let reached = matches!(outcome, Outcome::Success | Outcome::NoChunk | Outcome::Failed);
         let applied = self.copysets.get(&copyset).map_or(0, |status| status.applied);

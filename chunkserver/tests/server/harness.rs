@@ -87,6 +87,16 @@ impl Lab {
         lab
     }
 
+    /// A server that only exports volumes of others.
+    pub(crate) fn exporter(setup: Setup) -> Self {
+        let lab = Self::blank(setup);
+        let mut toml = std::fs::read_to_string(lab.path("chunkserver.toml")).unwrap();
+        toml = toml.replace(&format!("data = {:?}\n", lab.disk()), "export_shards = 2\n");
+        toml += &format!("ctl_socket = {:?}\ncatalog = {:?}\n", lab.path("ctl.sock"), lab.path("volumes.json"));
+        std::fs::write(lab.path("chunkserver.toml"), toml).unwrap();
+        lab
+    }
+
     fn configure(&self) {
         let Setup { dirty, buffers, flush_age_ms, extra, .. } = &self.setup;
         let extra = extra.replace('@', &self.folder.path().display().to_string());

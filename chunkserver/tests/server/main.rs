@@ -19,6 +19,7 @@ mod nebd;
 mod pages;
 mod peers;
 mod replay;
+mod replicas;
 mod rot;
 mod slow;
 mod space;

@@ -62,6 +62,10 @@ impl Nbd {
         self.ask(WRITE, offset, data.len(), data).0
     }
 
+    pub(crate) fn zero(&mut self, offset: u64, len: usize) -> u32 {
+        self.ask(WRITE_ZEROES, offset, len, &[]).0
+    }
+
     pub(crate) fn read(&mut self, offset: u64, len: usize) -> (u32, Vec<u8>) {
         self.ask(READ, offset, len, &[])
     }

@@ -113,7 +113,10 @@ impl System for ServerSystem {
                 mailbox,
                 control: None,
                 arenas,
-                layout: layout.clone(),
+                shards: layout.shards,
+                chunk_size: layout.chunk_size,
+                disk: layout.uuid,
+                seed: u64::from(number),
             };
             programs.push(Box::new(Server(Reactor::new(io, number, shard, setup))));
         }

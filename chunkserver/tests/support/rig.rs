@@ -130,7 +130,10 @@ impl Rig {
             mailbox: mesh(1).remove(0),
             control: None,
             arenas,
-            layout,
+            shards: layout.shards,
+            chunk_size: layout.chunk_size,
+            disk: layout.uuid,
+            seed: 7,
         };
         let wire = Rc::<RefCell<Wire>>::default();
         let io = NullIo { now: 1, wire: Rc::clone(&wire), done: Vec::new() };

@@ -1,8 +1,8 @@
 //! The one writer of the catalog: lock, check, write a new file, make it durable, then show it.
 
-use super::{Catalog, NAME_BYTES_MAX, OpenError, SharedCatalog, VOLUMES_MAX, is_name};
-use crate::volume::Volume;
+use super::{Catalog, NAME_BYTES_MAX, OpenError, PEERS_MAX, SHARED_IDS, SharedCatalog, VOLUMES_MAX, is_name};
 use crate::volume::map::{Geometry, GeometryError, Shape};
+use crate::volume::{Homes, Volume};
 use raftlog::CopysetId;
 use rustix::fs::{FlockOperation, flock};
 use std::fs::{File, OpenOptions};
@@ -39,6 +39,12 @@ pub enum ChangeError {
     /// Bad size, chunk size, striping or copysets.
     #[error(transparent)]
     Geometry(#[from] GeometryError),
+    /// An id that cannot be given.
+    #[error("volume id {0} is in use, or below {SHARED_IDS}")]
+    Id(u32),
+    /// Too many servers.
+    #[error("{0} servers of one copyset are more than {PEERS_MAX}")]
+    Servers(usize),
     /// Too many.
     #[error("{VOLUMES_MAX} volumes exist, no more are possible")]
     TooMany,
@@ -65,10 +71,14 @@ pub enum ChangeError {
 pub struct NewVolume {
     /// Name.
     pub name: String,
+    /// Id, [`SHARED_IDS`] or more; `None`: the next one counted.
+    pub id: Option<u32>,
     /// Size, chunk size, striping.
     pub shape: Shape,
     /// Copysets, in mapping order.
     pub copysets: Vec<CopysetId>,
+    /// Servers of these copysets, for those that are not in this process alone.
+    pub homes: Homes,
     /// Now, seconds since 1970.
     pub created: u64,
 }
@@ -127,10 +137,20 @@ impl CatalogStore {
         if next.volumes.len() + next.deleting.len() >= VOLUMES_MAX {
             return Err(ChangeError::TooMany);
         }
-        let id = next.next_id;
+        let id = new.id.unwrap_or(next.next_id);
+        let used = next.volumes.values().any(|v| v.id() == id) || next.deleting.contains_key(&id);
+        match new.id {
+            Some(id) if id < SHARED_IDS || used => return Err(ChangeError::Id(id)),
+            Some(_) => {}
+            None if id >= SHARED_IDS => return Err(ChangeError::IdsUsedUp),
+            None => next.next_id = id + 1,
+        }
         let geometry = Geometry::new(id, new.shape, new.copysets)?;
-        next.next_id = id.checked_add(1).ok_or(ChangeError::IdsUsedUp)?;
-        let volume = Arc::new(Volume::new(id, new.name.clone(), FIRST_SN, new.created, geometry));
+        if let Some(count) = new.homes.values().map(Vec::len).find(|&count| count > PEERS_MAX) {
+            return Err(ChangeError::Servers(count));
+        }
+        let volume = Volume::new(id, new.name.clone(), FIRST_SN, new.created, geometry).with_homes(new.homes);
+        let volume = Arc::new(volume);
         next.volumes.insert(new.name, Arc::clone(&volume));
         self.save(next)?;
         Ok(volume)
@@ -217,12 +237,13 @@ fn sync_folder(path: &Path) -> std::io::Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use copyset::PeerId;
     use proptest::prelude::*;
 
     fn new(name: &str, size: u64) -> NewVolume {
         let shape = Shape { size, chunk_size: 16 << 20, stripe_unit: 65536, stripe_count: 4 };
         let copysets = (0..8).map(|i| CopysetId::new(1, 100 + i)).collect();
-        NewVolume { name: name.to_owned(), shape, copysets, created: 1_700_000_000 }
+        NewVolume { name: name.to_owned(), id: None, shape, copysets, homes: Homes::new(), created: 1_700_000_000 }
     }
     fn names(catalog: &Catalog) -> Vec<(u32, String, u64)> {
         catalog.volumes().map(|v| (v.id(), v.name().to_owned(), v.size())).collect()
@@ -336,13 +357,44 @@ mod tests {
             assert!(matches!(error, OpenError::Damaged { .. }), "{what}: {error}");
             assert_eq!(std::fs::read(&path).unwrap(), bytes, "{what}: kept as it is");
         }
-        std::fs::write(&path, good.replace("\"version\": 1", "\"version\": 2")).unwrap();
-        assert!(matches!(CatalogStore::open(&path), Err(OpenError::Version { found: 2, .. })));
+        std::fs::write(&path, good.replace("\"version\": 2", "\"version\": 3")).unwrap();
+        assert!(matches!(CatalogStore::open(&path), Err(OpenError::Version { found: 3, .. })));
+        std::fs::write(&path, good.replace("\"version\": 2", "\"version\": 0")).unwrap();
+        assert!(matches!(CatalogStore::open(&path), Err(OpenError::Version { found: 0, .. })));
         std::fs::write(&path, r#"{"version": 7, "anything": ["else"]}"#).unwrap();
         assert!(matches!(CatalogStore::open(&path), Err(OpenError::Version { found: 7, .. })));
         std::fs::remove_file(&path).unwrap();
         std::fs::create_dir(&path).unwrap();
         assert!(matches!(CatalogStore::open(&path), Err(OpenError::Damaged { .. })));
+    }
+
+    #[test]
+    fn servers_are_kept_and_version_1_has_none() {
+        let (_dir, path, good) = written();
+        std::fs::write(&path, good.replace("\"version\": 2", "\"version\": 1")).unwrap();
+        let mut store = CatalogStore::open(&path).unwrap();
+        assert!(store.catalog().get("vol").unwrap().homes(CopysetId::new(1, 100)).is_empty());
+        let peers: Vec<u64> = (1..4).map(|n| PeerId::new([127, 0, 0, n].into(), 8200, 0).0).collect();
+        let homes = (100..108).map(|id| (CopysetId::new(1, id), peers.clone())).collect::<Homes>();
+        let many = homes.keys().map(|&id| (id, vec![peers[0]; PEERS_MAX + 1])).collect();
+        let refused = store.create(NewVolume { homes: many, ..new("many", 1 << 30) });
+        assert!(matches!(refused, Err(ChangeError::Servers(33))));
+        store.create(NewVolume { homes: homes.clone(), ..new("far", 1 << 30) }).unwrap();
+        store.resize("far", 2 << 30).unwrap();
+        let given = |id| NewVolume { id: Some(id), ..new(&format!("given {id}"), 1 << 30) };
+        assert_eq!(store.create(given(SHARED_IDS + 9)).unwrap().id(), SHARED_IDS + 9);
+        for id in [0, 77, SHARED_IDS + 9] {
+            let again = NewVolume { name: "again".into(), ..given(id) };
+            assert!(matches!(store.create(again), Err(ChangeError::Id(refused)) if refused == id));
+        }
+        drop(store);
+        let catalog = Catalog::read(&path).unwrap();
+        assert_eq!(catalog.get("far").unwrap().homes(CopysetId::new(1, 107)), peers);
+        let text = std::fs::read_to_string(&path).unwrap();
+        std::fs::write(&path, text.replace("\"version\": 2", "\"version\": 1")).unwrap();
+        assert!(matches!(Catalog::read(&path), Err(OpenError::Damaged { .. })), "version 1 had no servers");
+        std::fs::write(&path, text.replace("127.0.0.2:8200:0", "127.0.0.2:8200:x")).unwrap();
+        assert!(matches!(Catalog::read(&path), Err(OpenError::Damaged { .. })));
     }
 
     proptest! {
