@@ -191,6 +191,11 @@ impl<I: Io> Reactor<I> {
         self.shard.failure()
     }
 
+    /// The state machine inside, for who watches it from the same thread.
+    pub const fn shard(&self) -> &Shard {
+        &self.shard
+    }
+
     /// Requests are answered.
     pub fn serving(&self) -> bool {
         self.shard.serving()

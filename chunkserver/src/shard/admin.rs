@@ -2,7 +2,7 @@
 
 use super::request::{AdminOp, CopysetStatus, Origin, Outcome, Reply, ReplyData, Request, RequestOp};
 use super::{Effects, Shard, reply};
-use copyset::Copyset;
+use copyset::{Copyset, Role};
 use raftlog::{CopysetId, Seq};
 
 /// braft's state of a replica that is out of service.
@@ -30,7 +30,7 @@ impl Shard {
                 None => reply(out, origin, Outcome::NoCopyset),
             },
             AdminOp::ListCopysets => {
-                let all = self.groups.keys().chain(&self.broken).filter_map(|&id| self.copyset_status(id)).collect();
+                let all = self.copyset_statuses().collect();
                 answer(out, origin, ReplyData::Copysets(all));
             }
             AdminOp::Members(op) => self.change_members(id, op, origin, out),
@@ -109,6 +109,16 @@ impl Shard {
             }
             reply(out, origin, Outcome::Success);
         }
+    }
+
+    /// Copysets that this replica leads, each with its term.
+    pub fn led(&self) -> impl Iterator<Item = (CopysetId, u64)> + '_ {
+        self.groups.iter().filter(|(_, g)| g.raft.role() == Role::Leader).map(|(&id, g)| (id, g.raft.term()))
+    }
+
+    /// State of every copyset here.
+    pub fn copyset_statuses(&self) -> impl Iterator<Item = CopysetStatus> + '_ {
+        self.groups.keys().chain(&self.broken).filter_map(|&id| self.copyset_status(id))
     }
 
     fn copyset_status(&self, id: CopysetId) -> Option<CopysetStatus> {

@@ -45,7 +45,7 @@ mod tests {
     use crate::scenario::{Outcome, run_with};
 
     fn seed(seed: u64, canary: Canary) -> Outcome {
-        run_with(seed, Box::new(ServerSystem), Some(canary))
+        run_with(seed, Box::new(ServerSystem::default()), Some(canary))
     }
 
     #[test]

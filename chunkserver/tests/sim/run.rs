@@ -2,6 +2,7 @@
 
 use crate::disk::Disk;
 use crate::world::{ActorEvent, Command, Next, Shared, World};
+use chunkserver::shard::request::CopysetStatus;
 use std::cell::RefCell;
 use std::collections::BTreeMap;
 use std::rc::Rc;
@@ -10,6 +11,12 @@ use std::rc::Rc;
 pub(crate) trait Program {
     /// One pass of its loop. `Some(reason)` when it stopped for good.
     fn turn(&mut self) -> Option<String>;
+    /// The copysets it leads: id and term.
+    fn led(&self, _see: &mut dyn FnMut(u64, u64)) {}
+    /// What it says of each of its copysets.
+    fn copysets(&self) -> Vec<CopysetStatus> {
+        Vec::new()
+    }
 }
 
 /// What runs on the nodes: the shipping server, or the toy that tests the simulator.
@@ -19,8 +26,8 @@ pub(crate) trait System {
     fn disk_len(&self) -> u64;
     /// The address copysets are created with.
     fn peer(&self) -> String;
-    /// Fill a new disk.
-    fn format(&self, disk: &mut Disk);
+    /// Fill a node's new disk.
+    fn format(&self, node: usize, disk: &mut Disk);
     /// Begin a life: one program per shard.
     fn boot(&self, world: &Shared, node: usize, life: u64) -> Vec<Box<dyn Program>>;
 }
@@ -40,14 +47,18 @@ pub(crate) struct Sim {
     pub(crate) exits: BTreeMap<String, u64>,
     /// How often programs may still stop by themselves before a run is given up.
     pub(crate) exits_left: u64,
+    /// Who led each term of each copyset.
+    leaders: BTreeMap<(u64, u64), usize>,
+    /// Two of one term, if ever.
+    pub(crate) two_leaders: Vec<String>,
 }
 
 impl Sim {
     pub(crate) fn new(seed: u64, system: Box<dyn System>, nodes: usize) -> Self {
         let mut world = World::new(seed);
-        for _ in 0..nodes {
+        for node in 0..nodes {
             let mut disk = Disk::new(system.disk_len());
-            system.format(&mut disk);
+            system.format(node, &mut disk);
             world.add_node(disk);
         }
         let programs = (0..nodes).map(|_| Vec::new()).collect();
@@ -58,6 +69,8 @@ impl Sim {
             actors: Vec::new(),
             exits: BTreeMap::new(),
             exits_left: u64::MAX,
+            leaders: BTreeMap::new(),
+            two_leaders: Vec::new(),
         };
         (0..nodes).for_each(|node| sim.command(Command::Boot(node)));
         sim
@@ -122,5 +135,22 @@ impl Sim {
             return;
         }
         self.world.borrow_mut().after_turn(node, shard);
+        let (leaders, two) = (&mut self.leaders, &mut self.two_leaders);
+        self.programs[node][usize::from(shard)].led(&mut |copyset, term| {
+            let first = *leaders.entry((copyset, term)).or_insert(node);
+            if first != node && two.is_empty() {
+                two.push(format!("nodes {first} and {node} both led term {term} of copyset {copyset:#x}"));
+            }
+        });
+    }
+
+    /// Terms of copysets that had a leader.
+    pub(crate) fn elections(&self) -> usize {
+        self.leaders.len()
+    }
+
+    /// What a node's shards say of their copysets.
+    pub(crate) fn copysets(&self, node: usize) -> Vec<CopysetStatus> {
+        self.programs[node].iter().flat_map(|program| program.copysets()).collect()
     }
 }

@@ -225,10 +225,10 @@ fn report(seed: u64, sim: &Sim, history: &History, faults: BTreeMap<&'static str
 
 /// What the seeds run.
 fn system() -> Box<dyn System> {
-    Box::new(crate::node::ServerSystem)
+    Box::new(crate::node::ServerSystem::default())
 }
 
-fn number(name: &str) -> Option<u64> {
+pub(crate) fn number(name: &str) -> Option<u64> {
     std::env::var(name).ok()?.parse().ok()
 }
 
