@@ -31,6 +31,8 @@ pub(super) struct Flush {
     pub(super) next: Instant,
     /// Somebody waits for memory or log space that this shard's dirty data holds.
     pub(super) urgent: bool,
+    /// Somebody found no slot; what was deleted may hold some until a checkpoint covers it.
+    pub(super) slots_wanted: bool,
 }
 
 #[derive(Debug)]
@@ -46,7 +48,7 @@ enum Phase {
 
 impl Flush {
     pub(super) fn new(now: Instant) -> Self {
-        Self { phase: Phase::Idle, next: now, urgent: false }
+        Self { phase: Phase::Idle, next: now, urgent: false, slots_wanted: false }
     }
 }
 
@@ -87,6 +89,10 @@ impl Shard {
         let dirty = self.store.pinned_bytes() as usize;
         let log = self.log.borrow();
         if log.used_bytes() * 2 >= log.capacity_bytes() || self.writes_wait() || self.checkpoints_wanted() {
+            return true;
+        }
+        self.flush.slots_wanted &= self.store.slots_await_checkpoint();
+        if self.flush.slots_wanted {
             return true;
         }
         let Some(oldest) = self.store.oldest_dirty_ns() else {
@@ -157,6 +163,12 @@ impl Shard {
         true
     }
 
+    /// A slot was wanted and there was none.
+    pub(super) fn want_slots(&mut self) {
+        self.flush.slots_wanted = true;
+        self.flush.next = self.now;
+    }
+
     /// Log what the copysets may restart from; false if there was nothing new to say.
     fn write_checkpoints(&mut self, done: Vec<(CopysetId, u64)>) -> bool {
         let mut written = Checkpoints::new();
@@ -182,6 +194,7 @@ impl Shard {
         // A round that changed nothing still ends: the next one is due by age.
         self.flush.phase = if any { Phase::Checkpoints(written) } else { Phase::Idle };
         self.flush.next = self.now.after_ms(100);
+        self.flush.slots_wanted = false;
         any
     }
 
@@ -228,7 +241,7 @@ impl Shard {
     /// Log space, or slots that only a checkpoint sets free, are scarce.
     fn is_short(&self) -> bool {
         let log = self.log.borrow();
-        let slots = self.store.spare_slots() == 0 && self.extents.free_slots() == 0;
+        let slots = self.flush.slots_wanted || self.store.spare_slots() == 0 && self.extents.free_slots() == 0;
         log.used_bytes() * 2 >= log.capacity_bytes() || self.writes_wait() || slots
     }
 

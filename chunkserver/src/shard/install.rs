@@ -183,6 +183,7 @@ impl Shard {
         if !self.store.promise(needed) {
             tracing::error!(copyset = ?id, needed, "no space for the chunks of a raft snapshot");
             self.installs.0.remove(&id);
+            self.want_slots(); // the next offer finds what that sets free
             return;
         }
         (install.promised, install.stage) = (needed, Stage::Pieces);

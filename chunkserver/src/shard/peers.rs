@@ -213,6 +213,7 @@ impl Shard {
         }
         if fit < new.len() {
             self.metrics.add(Counter::PeerNoSpace, 1);
+            self.want_slots();
             message.mut_entries().truncate(known + fit);
         }
         !message.get_entries().is_empty()

@@ -78,6 +78,9 @@ impl Shard {
             return reply(out, request.origin, Outcome::Invalid);
         }
         if let Err(outcome) = self.store.admit(id, chunk, &op) {
+            if outcome == Outcome::NoSpace {
+                self.want_slots();
+            }
             return reply(out, request.origin, outcome);
         }
         let applied_index = self.groups.get(&id).map_or(0, |g| g.applied);

@@ -23,7 +23,7 @@ const THINK: u64 = 0;
 const RESUME: u64 = 1;
 const RECONNECT: u64 = 2;
 /// Chunk ids from here on exist only to fill the pool.
-const FILLER: u64 = 100;
+pub(crate) const FILLER: u64 = 100;
 /// The chunk of each copyset that is deleted and zeroed.
 const MORTAL: u64 = 3;
 

@@ -1,9 +1,8 @@
 //! When it is calm: the voters of a copyset come to say the same of themselves, and to hold the same bytes.
 
-use super::{COPYSETS, Run};
+use super::{COPYSETS, Run, peer};
 use crate::client::{CHUNK, POOL};
 use crate::codec;
-use crate::node::peer;
 use crate::run::Actor;
 use crate::world::{ActorEvent, World};
 use bytes::BytesMut;
@@ -100,6 +99,23 @@ impl Run {
         self.go(2 * STEP);
     }
 
+    /// What each node says of a copyset.
+    fn show(&self, copyset: u64) -> String {
+        let id = CopysetId(POOL << 32 | copyset).0;
+        let name = |peer: u64| (0..self.nodes).find(|&node| self::peer(node).0 == peer);
+        let line = |node: usize| {
+            let all = self.sim.copysets(node);
+            let s = all.iter().find(|s| s.id == id).cloned().unwrap_or_default();
+            let (leader, peers) = (name(s.leader), s.peers.iter().map(|&p| name(p)).collect::<Vec<_>>());
+            let (up, shards) = (self.sim.world.borrow().nodes[node].up, all.len());
+            format!(
+                "\n    node {node} up {up}, {shards} copysets: state {} term {} leader {leader:?} of {peers:?}, log {}..{}, committed {}, applied {}, chunks {}",
+                s.state, s.term, s.first, s.last, s.committed, s.applied, s.chunks
+            )
+        };
+        (0..self.nodes).map(line).collect()
+    }
+
     /// All of each copyset's voters, if one leads them and all have applied the same; else what is said of it.
     fn voters(&self) -> Result<BTreeMap<u64, Vec<usize>>, String> {
         let all: Vec<Vec<CopysetStatus>> = (0..self.nodes).map(|node| self.sim.copysets(node)).collect();
@@ -110,7 +126,9 @@ impl Run {
             let leaders: Vec<&CopysetStatus> =
                 (0..self.nodes).filter_map(find).filter(|status| status.state == LEADER).collect();
             let newest = leaders.iter().max_by_key(|status| status.term);
-            let Some(leader) = newest else { return Err(format!("copyset {copyset} has no leader: {all:?}")) };
+            let Some(leader) = newest else {
+                return Err(format!("copyset {copyset} has no leader:{}", self.show(copyset)));
+            };
             let nodes: Vec<usize> = (0..self.nodes).filter(|&node| leader.peers.contains(&peer(node).0)).collect();
             let same = |&node: &usize| {
                 find(node).is_some_and(|s| {
@@ -118,7 +136,7 @@ impl Run {
                 })
             };
             if !nodes.iter().all(same) {
-                return Err(format!("the replicas of copyset {copyset} differ: {all:?}"));
+                return Err(format!("the replicas of copyset {copyset} differ:{}", self.show(copyset)));
             }
             voters.insert(copyset, nodes);
         }

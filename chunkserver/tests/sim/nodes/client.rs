@@ -3,7 +3,7 @@
 //! Every operation is tried once, so that each is a line of the history; what a redirected write comes to is unknown,
 //! for a later leader may find it in its log. A client that sweeps reads a list of blocks, each until it is answered.
 
-use crate::client::{call_for, choose, status_name, values_of};
+use crate::client::{FILLER, call_for, choose, status_name, values_of};
 use crate::codec::{self, Frame, Value};
 use crate::history::{BLOCK, History, Kind, Outcome, Place, Record};
 use crate::node;
@@ -32,7 +32,8 @@ pub(crate) struct Shape {
 enum Plan {
     /// So many operations that are answered, and on until the nemesis is done.
     Random(u64),
-    Sweep(VecDeque<Place>),
+    /// Each of these until it is answered.
+    Sweep(VecDeque<(Kind, Place)>),
 }
 
 #[derive(Default)]
@@ -129,8 +130,15 @@ impl Client {
     }
 
     pub(crate) fn sweep(me: usize, shape: &Shape, history: &Rc<RefCell<History>>, rng: Rng) -> Self {
-        let places = history.borrow().places().into();
-        Self::new(me, shape, history, rng, Plan::Sweep(places))
+        let reads = history.borrow().places().into_iter().map(|place| (Kind::Read, place)).collect();
+        Self::new(me, shape, history, rng, Plan::Sweep(reads))
+    }
+
+    /// Delete what was only there to fill the disk: a replica that is short of slots cannot come to agree.
+    pub(crate) fn clean(me: usize, shape: &Shape, history: &Rc<RefCell<History>>, rng: Rng) -> Self {
+        let fillers = history.borrow().places().into_iter().filter(|place| place.chunk >= FILLER);
+        let deletes = fillers.map(|place| (Kind::Delete, place)).collect();
+        Self::new(me, shape, history, rng, Plan::Sweep(deletes))
     }
 
     fn new(me: usize, shape: &Shape, history: &Rc<RefCell<History>>, mut rng: Rng, plan: Plan) -> Self {
@@ -161,7 +169,8 @@ impl Client {
     /// An operation that will not be answered, or not usefully.
     fn unanswered(&mut self, id: usize) {
         if let Plan::Sweep(left) = &mut self.plan {
-            left.push_back(self.history.borrow().records[id].first);
+            let record = &self.history.borrow().records[id];
+            left.push_back((record.kind, record.first));
         }
     }
 
@@ -180,8 +189,8 @@ impl Client {
 
     fn choose(&mut self) -> (Kind, Place, u64) {
         if let Plan::Sweep(left) = &mut self.plan {
-            let place = left.pop_front().unwrap_or(Place { copyset: 1, chunk: 1, block: 0 });
-            return (Kind::Read, place, 1);
+            let (kind, place) = left.pop_front().unwrap_or((Kind::Read, Place { copyset: 1, chunk: 1, block: 0 }));
+            return (kind, place, 1);
         }
         let copyset = self.rng.between(1, self.shape.copysets);
         let filling = self.history.borrow().filling;
@@ -195,7 +204,7 @@ impl Client {
         let ready = if not_before > world.now() { None } else { self.links.ready(world, self.me, node) };
         let Some(conn) = ready else {
             if let Plan::Sweep(left) = &mut self.plan {
-                left.push_back(first);
+                left.push_back((kind, first));
             }
             return false;
         };

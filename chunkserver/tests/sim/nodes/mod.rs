@@ -13,7 +13,7 @@ mod operator;
 use crate::canary::Canary;
 use crate::disk::Crash;
 use crate::history::{History, Outcome as OpOutcome};
-use crate::node::ServerSystem;
+use crate::node::{ServerSystem, peer};
 use crate::rng::Rng;
 use crate::run::{Actor, Sim};
 use crate::scenario::{Outcome, number};
@@ -78,8 +78,18 @@ impl Run {
         (!self.go(PATIENCE)).then_some("the last reads did not finish")
     }
 
+    fn clean(&mut self) -> Option<&'static str> {
+        let shape = Shape { depth: 8, timeout_ns: 500_000_000, ..self.shape() };
+        let clean = Client::clean(self.sim.actors.len(), &shape, &self.history, self.rng.fork());
+        self.sim.add_actor(Box::new(clean));
+        (!self.go(PATIENCE)).then_some("the last deletes did not finish")
+    }
+
     /// Everything that must hold once it is calm; why not, if not.
     fn end(&mut self) -> Option<&'static str> {
+        if let Some(stuck) = self.clean() {
+            return Some(stuck);
+        }
         if let Some(stuck) = self.sweep().or_else(|| self.audit()) {
             return Some(stuck);
         }
@@ -177,6 +187,11 @@ fn seeds() {
         (Some(seed), _) => (seed, 1),
         (None, many) => (number("SIM_FROM").unwrap_or(0), many.unwrap_or(6)),
     };
+    if number("SIM_SEED").is_some() {
+        // What the nodes say, with RUST_LOG.
+        let filter = tracing_subscriber::EnvFilter::from_default_env();
+        let _ = tracing_subscriber::fmt().with_env_filter(filter).without_time().try_init();
+    }
     let mut totals = BTreeMap::<&'static str, u64>::new();
     let (mut ops, mut virtual_ms) = (0, 0);
     for seed in from..from + count {
