@@ -254,6 +254,10 @@ counters! {
     PeerHeld = "peer_append_held_num",
     /// Appends of other replicas cut short because no slot was free.
     PeerNoSpace = "peer_append_nospace_num",
+    /// Rotten blocks replaced by those of another replica.
+    MendedBlocks = "mended_blocks_num",
+    /// Chunks in doubt taken over from another replica.
+    MendedChunks = "mended_chunks_num",
 }
 
 /// RPC methods measured; the service's table must not be longer.

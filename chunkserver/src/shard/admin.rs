@@ -68,6 +68,7 @@ impl Shard {
                 self.unfollow(&mut group);
                 self.stop_catch_up(id);
                 self.stop_install(id);
+                self.stop_mends(Some(id), Outcome::NoCopyset, out);
                 self.peers.forget(id);
                 let parked: Vec<usize> =
                     self.parked.iter().filter(|(_, r)| r.copyset == id).map(|(key, _)| key).collect();
@@ -87,6 +88,7 @@ impl Shard {
             None => return reply(out, origin, Outcome::NoCopyset),
         }
         broken.map(|at| self.broken.swap_remove(at));
+        self.lost.retain(|&lost| lost != id); // its next life has a log of its own
         let seq = self.log.borrow_mut().purge(id);
         self.admin.push(Pending { origin, seq, copyset: id, create: false });
         self.flush.next = self.now;
@@ -111,9 +113,10 @@ impl Shard {
         }
     }
 
-    /// Copysets that this replica leads, each with its term.
-    pub fn led(&self) -> impl Iterator<Item = (CopysetId, u64)> + '_ {
-        self.groups.iter().filter(|(_, g)| g.raft.role() == Role::Leader).map(|(&id, g)| (id, g.raft.term()))
+    /// Copysets that this replica leads, each with its term, and its ConfEpoch once the leader is ready.
+    pub fn led(&self) -> impl Iterator<Item = (CopysetId, u64, Option<u64>)> + '_ {
+        let leads = self.groups.iter().filter(|(_, g)| g.raft.role() == Role::Leader);
+        leads.map(|(&id, g)| (id, g.raft.term(), g.raft.may_read_index().then(|| g.raft.conf().epoch)))
     }
 
     /// State of every copyset here.
@@ -130,7 +133,7 @@ impl Shard {
         let conf = raft.conf();
         Some(CopysetStatus {
             id: id.0,
-            state: if group.damaged { STATE_ERROR } else { raft.role() as u32 },
+            state: if group.damaged || raft.is_suspect() { STATE_ERROR } else { raft.role() as u32 },
             peer: raft.peer(),
             leader: raft.leader(),
             peers: conf.voters.clone(),

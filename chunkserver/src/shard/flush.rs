@@ -32,7 +32,9 @@ pub(super) struct Flush {
     /// Somebody waits for memory or log space that this shard's dirty data holds.
     pub(super) urgent: bool,
     /// Somebody found no slot; what was deleted may hold some until a checkpoint covers it.
-    pub(super) slots_wanted: bool,
+    slots_wanted: bool,
+    /// How often that had been said, by any shard, when it was last looked at.
+    wants_seen: u64,
 }
 
 #[derive(Debug)]
@@ -48,7 +50,7 @@ enum Phase {
 
 impl Flush {
     pub(super) fn new(now: Instant) -> Self {
-        Self { phase: Phase::Idle, next: now, urgent: false, slots_wanted: false }
+        Self { phase: Phase::Idle, next: now, urgent: false, slots_wanted: false, wants_seen: 0 }
     }
 }
 
@@ -91,6 +93,8 @@ impl Shard {
         if log.used_bytes() * 2 >= log.capacity_bytes() || self.writes_wait() || self.checkpoints_wanted() {
             return true;
         }
+        let wants = self.extents.wanted();
+        self.flush.slots_wanted |= std::mem::replace(&mut self.flush.wants_seen, wants) != wants;
         self.flush.slots_wanted &= self.store.slots_await_checkpoint();
         if self.flush.slots_wanted {
             return true;
@@ -163,9 +167,9 @@ impl Shard {
         true
     }
 
-    /// A slot was wanted and there was none.
+    /// A slot was wanted and there was none. The other shards see that at their next turn.
     pub(super) fn want_slots(&mut self) {
-        self.flush.slots_wanted = true;
+        self.extents.want();
         self.flush.next = self.now;
     }
 

@@ -139,8 +139,22 @@ impl Program for Server {
         self.0.turn();
         self.0.finished().then(|| self.0.failure().map_or_else(|| "stopped".into(), ToString::to_string))
     }
-    fn led(&self, see: &mut dyn FnMut(u64, u64)) {
-        self.0.shard().led().for_each(|(id, term)| see(id.0, term));
+    fn led(&self, see: &mut dyn FnMut(u64, u64, Option<u64>)) {
+        self.0.shard().led().for_each(|(id, term, epoch)| see(id.0, term, epoch));
+    }
+    fn status(&self) -> String {
+        let s = self.0.shard().status();
+        format!(
+            "\n      shard {}: {} chunks, slots {} spare and {} unclaimed, log {} of {}, dirty {}, serving {}",
+            s.shard,
+            s.chunks,
+            s.slots_free,
+            s.slots_unclaimed,
+            s.log_used_bytes,
+            s.log_bytes,
+            s.dirty_bytes,
+            self.0.serving()
+        )
     }
     fn copysets(&self) -> Vec<CopysetStatus> {
         self.0.shard().copyset_statuses().collect()

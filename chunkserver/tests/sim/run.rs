@@ -11,8 +11,12 @@ use std::rc::Rc;
 pub(crate) trait Program {
     /// One pass of its loop. `Some(reason)` when it stopped for good.
     fn turn(&mut self) -> Option<String>;
-    /// The copysets it leads: id and term.
-    fn led(&self, _see: &mut dyn FnMut(u64, u64)) {}
+    /// The copysets it leads: id, term, and the configuration's epoch once it may answer.
+    fn led(&self, _see: &mut dyn FnMut(u64, u64, Option<u64>)) {}
+    /// What it says of itself.
+    fn status(&self) -> String {
+        String::new()
+    }
     /// What it says of each of its copysets.
     fn copysets(&self) -> Vec<CopysetStatus> {
         Vec::new()
@@ -49,8 +53,10 @@ pub(crate) struct Sim {
     pub(crate) exits_left: u64,
     /// Who led each term of each copyset.
     leaders: BTreeMap<(u64, u64), usize>,
-    /// Two of one term, if ever.
-    pub(crate) two_leaders: Vec<String>,
+    /// Newest term of each copyset whose leader could answer, and the epoch it had then.
+    epochs: BTreeMap<u64, (u64, u64)>,
+    /// Two leaders of one term, or an election that did not raise the epoch (rule 19), if ever.
+    pub(crate) bad_leaders: Vec<String>,
 }
 
 impl Sim {
@@ -70,7 +76,8 @@ impl Sim {
             exits: BTreeMap::new(),
             exits_left: u64::MAX,
             leaders: BTreeMap::new(),
-            two_leaders: Vec::new(),
+            epochs: BTreeMap::new(),
+            bad_leaders: Vec::new(),
         };
         (0..nodes).for_each(|node| sim.command(Command::Boot(node)));
         sim
@@ -135,11 +142,19 @@ impl Sim {
             return;
         }
         self.world.borrow_mut().after_turn(node, shard);
-        let (leaders, two) = (&mut self.leaders, &mut self.two_leaders);
-        self.programs[node][usize::from(shard)].led(&mut |copyset, term| {
+        let Self { leaders, epochs, bad_leaders: bad, .. } = self;
+        self.programs[node][usize::from(shard)].led(&mut |copyset, term, epoch| {
             let first = *leaders.entry((copyset, term)).or_insert(node);
-            if first != node && two.is_empty() {
-                two.push(format!("nodes {first} and {node} both led term {term} of copyset {copyset:#x}"));
+            if first != node && bad.is_empty() {
+                bad.push(format!("nodes {first} and {node} both led term {term} of copyset {copyset:#x}"));
+            }
+            let Some(epoch) = epoch else { return };
+            let newest = epochs.entry(copyset).or_insert((term, epoch));
+            if term > newest.0 {
+                if epoch <= newest.1 && bad.is_empty() {
+                    bad.push(format!("term {term} of copyset {copyset:#x} began with epoch {epoch}, after {newest:?}"));
+                }
+                *newest = (term, epoch);
             }
         });
     }
@@ -147,6 +162,11 @@ impl Sim {
     /// Terms of copysets that had a leader.
     pub(crate) fn elections(&self) -> usize {
         self.leaders.len()
+    }
+
+    /// What a node's shards say of themselves.
+    pub(crate) fn status(&self, node: usize) -> String {
+        self.programs[node].iter().map(|program| program.status()).collect()
     }
 
     /// What a node's shards say of their copysets.

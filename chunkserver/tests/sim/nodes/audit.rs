@@ -14,6 +14,7 @@ use std::rc::Rc;
 
 const CHUNK_BYTES: u64 = 256 << 10;
 const LEADER: u32 = 1;
+const OUT_OF_SERVICE: u32 = 5;
 const STEP: u64 = 100_000_000;
 /// So long may replicas take to agree, steps.
 const STEPS: u64 = 400;
@@ -116,6 +117,13 @@ impl Run {
         (0..self.nodes).map(line).collect()
     }
 
+    /// What everybody says of everything.
+    pub(super) fn state(&self) -> String {
+        let nodes = (0..self.nodes).map(|node| format!("\n    node {node}:{}", self.sim.status(node)));
+        let copysets = (1..=COPYSETS).map(|copyset| format!("\n   copyset {copyset}:{}", self.show(copyset)));
+        nodes.chain(copysets).collect()
+    }
+
     /// All of each copyset's voters, if one leads them and all have applied the same; else what is said of it.
     fn voters(&self) -> Result<BTreeMap<u64, Vec<usize>>, String> {
         let all: Vec<Vec<CopysetStatus>> = (0..self.nodes).map(|node| self.sim.copysets(node)).collect();
@@ -127,16 +135,22 @@ impl Run {
                 (0..self.nodes).filter_map(find).filter(|status| status.state == LEADER).collect();
             let newest = leaders.iter().max_by_key(|status| status.term);
             let Some(leader) = newest else {
-                return Err(format!("copyset {copyset} has no leader:{}", self.show(copyset)));
+                return Err(format!("copyset {copyset} has no leader"));
             };
-            let nodes: Vec<usize> = (0..self.nodes).filter(|&node| leader.peers.contains(&peer(node).0)).collect();
+            // A replica whose log lost even its checkpoint is out of service until an operator makes it anew.
+            let lost = |&node: &usize| {
+                let harmed = self.sim.world.borrow().nodes[node].disk.exposed.lost(copyset);
+                harmed && find(node).is_some_and(|s| s.state == OUT_OF_SERVICE && s.peers.is_empty())
+            };
+            let member = |node: &usize| leader.peers.contains(&peer(*node).0);
+            let nodes: Vec<usize> = (0..self.nodes).filter(member).filter(|node| !lost(node)).collect();
             let same = |&node: &usize| {
                 find(node).is_some_and(|s| {
                     (s.applied, s.last, s.term, s.leader) == (leader.last, leader.last, leader.term, leader.peer)
                 })
             };
             if !nodes.iter().all(same) {
-                return Err(format!("the replicas of copyset {copyset} differ:{}", self.show(copyset)));
+                return Err(format!("the replicas of copyset {copyset} differ"));
             }
             voters.insert(copyset, nodes);
         }

@@ -225,12 +225,21 @@ impl Nemesis {
         self.after(world, 1, 30_000, CRASH + node as u64);
     }
 
+    /// Reads go where they should before a node starts. A server that is misled about its own log and metadata while it
+    /// recovers has nothing left to compare them with.
+    fn trust_reads(&mut self, world: &mut World, node: usize) {
+        let of = |(_, fault): &(&u64, &Active)| fault.kind == "misdirected reads" && fault.node == node;
+        let faults: Vec<u64> = self.active.iter().filter(of).map(|(&id, _)| id).collect();
+        faults.into_iter().for_each(|fault| self.heal(world, fault));
+    }
+
     fn crash(&mut self, world: &mut World, node: usize) {
         self.armed.remove(&node);
         world.untrip(node);
         if !self.down.insert(node) {
             return;
         }
+        self.trust_reads(world, node);
         world.commands.push(Command::Crash(node, self.crash[node]));
         let most = [80_000, 400_000, 2_500_000][self.rng.below(3) as usize];
         self.after(world, 10, most, RESTART + node as u64);
@@ -299,8 +308,10 @@ impl Actor for Nemesis {
             }
             // Who stopped by itself is started again, for ever.
             ActorEvent::Timer(WATCH) => {
-                for node in (0..self.nodes).filter(|node| !self.down.contains(node)) {
+                let up: Vec<usize> = (0..self.nodes).filter(|node| !self.down.contains(node)).collect();
+                for node in up {
                     if !world.nodes[node].up {
+                        self.trust_reads(world, node);
                         world.commands.push(Command::Boot(node));
                     }
                 }
