@@ -128,6 +128,7 @@ impl Shard {
             parked: Slab::new(),
             flush: flush::Flush::new(now),
             pace: super::pace::Pace::new(),
+            slow: super::slow::Slow::default(),
             state: State::Boot(Boot::Sync),
             extents,
             replaying: Vec::new(),

@@ -24,6 +24,7 @@ mod propose;
 mod read;
 mod replay;
 pub mod request;
+mod slow;
 mod supply;
 mod suspects;
 #[cfg(test)]
@@ -217,6 +218,7 @@ pub struct Shard {
     parked: Slab<Request>,
     flush: flush::Flush,
     pace: pace::Pace,
+    slow: slow::Slow,
     state: State,
     extents: Arc<ExtentPool>,
     /// What the log held at start and is not applied yet: copyset and last index.
@@ -530,6 +532,7 @@ impl Shard {
             };
             let write = self.log.borrow_mut().take_write(&mut header);
             self.pace.started(self.now, write.id, write.records);
+            self.slow.started(self.now, write.id);
             let offset = self.layout.log_offset_of(self.config.shard) + write.offset;
             let payload: usize = write.payloads.iter().map(Bytes::len).sum();
             self.seal_at = self.now.after_ms(SEAL_AFTER_MS);
@@ -542,6 +545,7 @@ impl Shard {
 
     fn log_written(&mut self, id: WriteId) {
         self.pace.done(id);
+        self.slow.done(self.now, id);
         let Some(durable) = self.log.borrow_mut().write_done(id) else { return };
         let mut unpersisted = std::mem::replace(&mut self.unpersisted, std::mem::take(&mut self.spare));
         for id in unpersisted.drain(..) {

@@ -16,6 +16,8 @@ const WATCH: u64 = 1;
 const CRASH: u64 = 1 << 16;
 const RESTART: u64 = 2 << 16;
 const HEAL: u64 = 3 << 16;
+/// A node that was started so long ago has recovered, ns of the world.
+const SETTLED: u64 = 200_000_000;
 
 const KINDS: [&str; 22] = [
     "power cut",
@@ -66,6 +68,8 @@ pub(crate) struct Nemesis {
     crash: Vec<Crash>,
     /// More crashes to come, soon after the next start.
     again: Vec<u64>,
+    /// When each node was last started.
+    started: Vec<u64>,
     active: BTreeMap<u64, Active>,
     serial: u64,
     pub(crate) counts: BTreeMap<&'static str, u64>,
@@ -92,6 +96,7 @@ impl Nemesis {
             armed: BTreeSet::new(),
             crash: vec![Crash::Power; nodes],
             again: vec![0; nodes],
+            started: vec![0; nodes],
             active: BTreeMap::new(),
             serial: 0,
             counts: BTreeMap::new(),
@@ -201,9 +206,14 @@ impl Nemesis {
     /// The one disk breaks its word; `None` when that is not possible now.
     fn distrust(&mut self, world: &mut World, node: usize, kind: &'static str) -> Option<&'static str> {
         let (ppm, now) = (self.rng.between(50_000, 500_000) as u32, world.stamp());
+        let at = world.now();
         let World { nodes, rng, .. } = world;
-        let disk = &mut nodes[node].disk;
+        let crate::world::Node { disk, up, .. } = &mut nodes[node];
         rot::layout(disk)?;
+        let recovers = self.down.contains(&node) || !*up || self.started[node] + SETTLED > at;
+        if kind == "misdirected reads" && recovers {
+            return None; // see `trust_reads`
+        }
         disk.exposed.now = now;
         match kind {
             "misdirected reads" => {
@@ -250,6 +260,7 @@ impl Nemesis {
             return;
         }
         world.commands.push(Command::Boot(node));
+        self.started[node] = world.now();
         if self.again[node] > 0 {
             self.again[node] -= 1;
             self.crash[node] = if self.rng.coin() { Crash::Power } else { Crash::Kill };
@@ -312,6 +323,7 @@ impl Actor for Nemesis {
                 for node in up {
                     if !world.nodes[node].up {
                         self.trust_reads(world, node);
+                        self.started[node] = world.now();
                         world.commands.push(Command::Boot(node));
                     }
                 }
