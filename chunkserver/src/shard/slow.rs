@@ -77,8 +77,9 @@ impl Shard {
             return;
         }
         let ids: Vec<CopysetId> = self.groups.keys().copied().collect();
-        for id in ids.into_iter().filter(|&id| self.has_peers(id)) {
-            let Some(group) = self.groups.get_mut(&id) else { continue };
+        for id in ids {
+            let peers = self.has_peers(id);
+            let Some(group) = self.groups.get_mut(&id).filter(|_| peers) else { continue };
             if group.raft.is_leader_ready() && group.raft.transfer_leader(self.now.0, 0).is_ok() {
                 tracing::warn!(copyset = ?id, average_ns = self.slow.average, "leadership leaves a slow disk");
                 self.metrics.add(Counter::LeadersLeft, 1);
