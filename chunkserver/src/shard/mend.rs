@@ -20,7 +20,7 @@ use crate::io::Instant;
 use crate::metrics::Counter;
 use bytes::Bytes;
 use copyset::Role;
-use raftlog::CopysetId;
+use raftlog::{BLOCK, CopysetId};
 use std::collections::{BTreeMap, VecDeque};
 
 /// What was not answered after so long is asked of another replica, milliseconds.
@@ -31,7 +31,7 @@ const LOOK_MS: u64 = 500;
 const PIECES_MAX: usize = 4;
 /// Rounds of all other replicas that are asked.
 const ROUNDS: usize = 3;
-/// A read is mended at most this often, and from so many times on by taking in its whole chunk.
+/// A read is mended in vain at most this often, and from so many times on by taking in its whole chunk.
 const MENDS_MAX: u8 = 6;
 const WHOLE_FROM: u8 = 4;
 /// Those who wait for one chunk; others are refused.
@@ -39,8 +39,8 @@ const WAITING_MAX: usize = 1024;
 
 #[derive(Debug)]
 enum What {
-    /// This range, by the own table.
-    Blocks { offset: u32, len: u32 },
+    /// The one at this offset, by the own table.
+    Block { offset: u32 },
     /// Everything.
     Whole {
         todo: VecDeque<(u32, u32)>,
@@ -106,12 +106,11 @@ impl Shard {
         if whole && !self.may_take_in(id) {
             return Err(Box::new(job));
         }
-        let (offset, len) = (job.offset, job.len.min(PIECE_BYTES));
         if whole && self.store.chunk_info(id, chunk).is_some() {
             self.store.doubt(id, 0, chunk, self.now.0);
             self.mends.look.get_or_insert(self.now);
         }
-        let blocks = What::Blocks { offset, len };
+        let blocks = What::Block { offset: job.rotten * BLOCK as u32 };
         let mend = self.mends.jobs.entry((id, chunk)).or_insert_with(|| Mend::new(blocks));
         if whole && !matches!(mend.what, What::Whole { .. }) {
             mend.start_whole(self.layout.chunk_size);
@@ -203,7 +202,7 @@ impl Shard {
         mend.tries += 1;
         mend.due = self.now.after_ms(PATIENCE_MS);
         let asks: Vec<(u32, u32)> = match &mut mend.what {
-            What::Blocks { offset, len } => vec![(*offset, *len)],
+            What::Block { offset } => vec![(*offset, BLOCK as u32)],
             What::Whole { todo, asked, info } => {
                 (*todo, *info) = (pieces(size), None);
                 asked.clear();
@@ -230,13 +229,16 @@ impl Shard {
         let (id, chunk) = key;
         let Some(mend) = self.mends.jobs.get_mut(&key) else { return };
         match &mut mend.what {
-            What::Blocks { offset: at, len: bytes } if (*at, *bytes) == (offset, len) => {
+            What::Block { offset: at } if (*at, BLOCK as u32) == (offset, len) => {
                 let mended = info.map_or(0, |_| self.store.mend(id, chunk, offset, payload.clone(), crcs, self.now.0));
                 self.metrics.add(Counter::MendedBlocks, mended as u64);
+                if mended > 0 {
+                    mend.reads.iter_mut().for_each(|job| job.mends -= 1); // not in vain
+                }
                 // Whoever read it looks again, mended or not: the block may have been overwritten meanwhile, on either side.
                 self.end_mend(key, true, out);
             }
-            What::Blocks { .. } => {}
+            What::Block { .. } => {}
             What::Whole { todo, asked, info: first } => {
                 let Some(at) = asked.iter().position(|&piece| piece == (offset, len)) else { return };
                 let Some(info) = info else {

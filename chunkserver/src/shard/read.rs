@@ -37,7 +37,8 @@ pub(super) struct Job {
     /// Reads so far that ended stale, and that ended in a mismatch without a reason.
     stales: u8,
     rots: u8,
-    /// How often it was mended.
+    /// The block that was found rotten last, and how often it was mended in vain.
+    pub(super) rotten: u32,
     pub(super) mends: u8,
     failed: Option<Outcome>,
     stale: bool,
@@ -175,7 +176,7 @@ impl Shard {
                     }
                 }
                 Verified::Stale => job.stale = true,
-                Verified::Rot { .. } => job.rot = true,
+                Verified::Rot { block } => (job.rot, job.rotten) = (true, block),
             }
         }
         if job.pending == 0 {
@@ -311,6 +312,7 @@ impl Job {
             pending: 0,
             stales: 0,
             rots: 0,
+            rotten: 0,
             mends: 0,
             failed: None,
             stale: false,

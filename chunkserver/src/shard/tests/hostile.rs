@@ -73,7 +73,7 @@ fn mail_of_strangers_and_of_the_past_changes_nothing() {
                 old.term = before.term - 1;
                 old
             }),
-            false,
+            true,
         ),
         ("an entry with a bad checksum", ID, lead, me, body(append(lead, me, &before, |crc| crc ^ 1)), true),
         ("a commit beyond the log", ID, lead, me, body(far), true),
