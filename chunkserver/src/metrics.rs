@@ -266,6 +266,14 @@ counters! {
     RemoteWaiting = "remote_request_count",
     /// Questions for the leader of a copyset.
     LeaderLooks = "leader_lookup_num",
+    /// Rotten blocks replaced by those of another replica.
+    MendedBlocks = "mended_blocks_num",
+    /// Chunks in doubt taken over from another replica.
+    MendedChunks = "mended_chunks_num",
+    /// Leaderships handed over because the own disk was slow.
+    LeadersLeft = "leaders_left_slow_disk_num",
+    /// Shards whose log writes have been slow for a while (a gauge).
+    SlowDisk = "slow_disk",
 }
 
 /// RPC methods measured; the service's table must not be longer.

@@ -22,7 +22,7 @@ use crate::rpc;
 use crate::service::{self, Context, Shared};
 use crate::shard::diskless::Core;
 use crate::shard::mail::PeerMail;
-use crate::shard::{Arenas, Effects, Failure};
+use crate::shard::{Arenas, Effects, Failure, Shard};
 use crate::volume::catalog::SharedCatalog;
 use crate::volume::remote::{Remote, RemoteCounts};
 use routing::{Gather, Job, Waiting};
@@ -228,6 +228,14 @@ impl<I: Io> Reactor<I> {
     /// Why the disk is out of service, if it is.
     pub fn failure(&self) -> Option<&Failure> {
         self.shard.failure()
+    }
+
+    /// The state machine inside, for who watches it from the same thread; `None` without a disk.
+    pub fn shard(&self) -> Option<&Shard> {
+        match &self.shard {
+            Core::Shard(shard) => Some(shard),
+            Core::Diskless(_) => None,
+        }
     }
 
     /// Requests are answered.

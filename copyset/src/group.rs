@@ -154,7 +154,7 @@ impl Copyset {
         }
         let (start, logged, durable, entry_bytes_max) = {
             let log = log.borrow();
-            let start = restore::load(&log, config.id)?;
+            let start = restore::load(&log, config.id, config.suspect)?;
             let logged = log.index(config.id).map(raftlog::Index::hard_state).unwrap_or_default();
             (start, logged, log.durable_seq(), log.max_entry_bytes())
         };

@@ -81,8 +81,9 @@ pub(crate) struct Start {
     pub(crate) hard_state: HardState,
 }
 
-/// Reads and checks one copyset's part of the log.
-pub(crate) fn load(log: &Log, id: CopysetId) -> Result<Start, Error> {
+/// Reads and checks one copyset's part of the log. `suspect`: records of it are lost, so it may end before what was
+/// committed, and in a term that no hard state speaks of (rule 21).
+pub(crate) fn load(log: &Log, id: CopysetId, suspect: bool) -> Result<Start, Error> {
     let index = log.index(id).ok_or(Error::Unknown(id))?;
     let checkpoint = index.checkpoint();
     let conf = ConfState::decode(&checkpoint.conf).map_err(|e| Error::Conf(id, e))?;
@@ -91,12 +92,18 @@ pub(crate) fn load(log: &Log, id: CopysetId) -> Result<Start, Error> {
     // A commit record may be older than the checkpoint; what is applied is committed.
     hard_state.commit = hard_state.commit.max(applied);
     let last = index.last_index();
+    if suspect {
+        hard_state.commit = hard_state.commit.min(last);
+    }
     if hard_state.commit > last {
         return Err(Error::CommitBeyondLog { id, commit: hard_state.commit, last });
     }
     let last_term = check_entries(index, id, applied, applied_term)?;
     if hard_state.term > NUMBER_MAX || last > NUMBER_MAX {
         return Err(Error::Number(id));
+    }
+    if suspect && hard_state.term < last_term {
+        (hard_state.term, hard_state.vote) = (last_term, 0);
     }
     if hard_state.term < last_term {
         return Err(Error::Term { id, term: hard_state.term, last: last_term });

@@ -221,6 +221,12 @@ impl Store {
         }
     }
 
+    /// Slots of deleted chunks wait for a checkpoint that covers their Delete.
+    #[must_use]
+    pub fn slots_await_checkpoint(&self) -> bool {
+        self.graves.iter().any(|grave| grave.waits)
+    }
+
     /// Give back every slot whose grave is closed and waits for nothing.
     pub(super) fn release_graves(&mut self) {
         let slots = &mut self.slots;

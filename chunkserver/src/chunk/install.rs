@@ -68,8 +68,7 @@ impl Store {
             },
         };
         if let Some(found) = self.chunks.get_mut(&slot) {
-            found.meta.applied_index = 0;
-            found.suspect = false;
+            found.meta.applied_index = if found.suspect { super::mend::DOUBT } else { 0 };
         }
         self.dirty.insert(slot);
         true
@@ -110,7 +109,7 @@ impl Store {
     pub fn install_end(&mut self, copyset: CopysetId, info: &ChunkInfo, now: u64) {
         let Some(slot) = self.find(copyset, info.chunk).map(|(slot, _)| slot) else { return };
         let Some(found) = self.chunks.get_mut(&slot) else { return };
-        found.meta.applied_index = info.applied;
+        (found.meta.applied_index, found.suspect) = (info.applied, false);
         (found.meta.sn, found.meta.corrected_sn) = (info.sn, info.corrected_sn);
         self.dirty.insert(slot);
         self.dirty_since.get_or_insert(now);

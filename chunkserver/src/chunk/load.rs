@@ -301,6 +301,7 @@ impl Loader {
     fn chunk(&mut self, slot: u32, meta: ChunkMeta, generation: u64, page: u64, other: Copy) {
         let mut chunk = Chunk::new(&self.layout, meta, generation, page);
         let last = chunk.meta.applied_index;
+        let doubt = last == super::mend::DOUBT;
         match other {
             Copy::Valid(older) => chunk.single = older.generation != generation,
             Copy::Blank => chunk.suspect = page > 1,
@@ -310,6 +311,7 @@ impl Loader {
             Copy::Bad(claim) if claim.page == page + 1 => drop(self.torn.insert(slot, claim)),
             Copy::Bad(_) | Copy::Unreadable => chunk.suspect = true,
         }
+        chunk.suspect |= doubt;
         self.chunks.insert(slot, chunk);
     }
 
@@ -317,7 +319,7 @@ impl Loader {
     fn judge(&mut self, known: &dyn Fn(CopysetId) -> Option<Known>) {
         for (slot, claim) in std::mem::take(&mut self.torn) {
             if let Some(chunk) = self.chunks.get_mut(&slot) {
-                chunk.suspect = known(chunk.meta.copyset).is_none_or(|k| !k.replays(claim.last_index));
+                chunk.suspect |= known(chunk.meta.copyset).is_none_or(|k| !k.replays(claim.last_index));
             }
         }
         for (slot, (claim, begun)) in std::mem::take(&mut self.ghosts) {

@@ -13,6 +13,7 @@ mod follow;
 mod install;
 mod layout;
 mod load;
+mod mend;
 mod meta;
 mod overlay;
 mod page;

@@ -8,6 +8,7 @@ use super::layout::Layout;
 use super::scan::{Batch, Found, Ghost, Scan};
 use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 /// Generations a slot has reached; what follows must be higher.
@@ -59,6 +60,8 @@ struct Inner {
 pub struct ExtentPool {
     layout: Layout,
     inner: Mutex<Inner>,
+    /// How often a shard found no slot.
+    wanted: AtomicU64,
 }
 
 impl std::fmt::Debug for ExtentPool {
@@ -77,7 +80,7 @@ impl ExtentPool {
             scan: Scan::new(layout),
             replayed: vec![false; usize::from(layout.shards)],
         };
-        Arc::new(Self { layout: layout.clone(), inner: Mutex::new(inner) })
+        Arc::new(Self { layout: layout.clone(), inner: Mutex::new(inner), wanted: AtomicU64::new(0) })
     }
 
     fn lock(&self) -> MutexGuard<'_, Inner> {
@@ -174,6 +177,17 @@ impl ExtentPool {
     #[must_use]
     pub fn is_open(&self) -> bool {
         self.lock().replayed.iter().all(|&done| done)
+    }
+
+    /// A shard found no slot: what another one's deleted chunks hold may help.
+    pub fn want(&self) {
+        self.wanted.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// How often that was said.
+    #[must_use]
+    pub fn wanted(&self) -> u64 {
+        self.wanted.load(Ordering::Relaxed)
     }
 
     /// Usable slots no shard owns.

@@ -43,6 +43,15 @@ pub struct ReadPlan {
     pub pieces: SmallVec<[Piece; 4]>,
 }
 
+impl ReadPlan {
+    /// The plan of a read that cannot be made yet.
+    #[must_use]
+    pub fn none() -> Self {
+        let key = PlanKey { copyset: CopysetId(0), chunk: 0, slot: 0, generation: 0, version: 0 };
+        Self { key, pieces: SmallVec::new() }
+    }
+}
+
 /// What a device read turned out to be.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Verified {

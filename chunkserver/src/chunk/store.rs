@@ -224,6 +224,11 @@ impl Store {
     }
 
     /// The valid copy of its metapage may be an old one: nothing of the chunk can be trusted, and a write would hide it.
+    #[must_use]
+    pub fn is_doubtful(&self, copyset: CopysetId, chunk: u64) -> bool {
+        self.doubtful(copyset, chunk)
+    }
+
     pub(super) fn doubtful(&self, copyset: CopysetId, chunk: u64) -> bool {
         self.find(copyset, chunk).is_some_and(|(_, c)| c.suspect)
     }

@@ -2,7 +2,7 @@
 
 use super::request::{AdminOp, CopysetStatus, Origin, Outcome, Reply, ReplyData, Request, RequestOp};
 use super::{Effects, Shard, reply};
-use copyset::Copyset;
+use copyset::{Copyset, Role};
 use raftlog::{CopysetId, Seq};
 
 /// braft's state of a replica that is out of service.
@@ -30,7 +30,7 @@ impl Shard {
                 None => reply(out, origin, Outcome::NoCopyset),
             },
             AdminOp::ListCopysets => {
-                let all = self.groups.keys().chain(&self.broken).filter_map(|&id| self.copyset_status(id)).collect();
+                let all = self.copyset_statuses().collect();
                 answer(out, origin, ReplyData::Copysets(all));
             }
             AdminOp::Members(op) => self.change_members(id, op, origin, out),
@@ -68,6 +68,7 @@ impl Shard {
                 self.unfollow(&mut group);
                 self.stop_catch_up(id);
                 self.stop_install(id);
+                self.stop_mends(Some(id), Outcome::NoCopyset, out);
                 self.peers.forget(id);
                 let parked: Vec<usize> =
                     self.parked.iter().filter(|(_, r)| r.copyset == id).map(|(key, _)| key).collect();
@@ -87,6 +88,7 @@ impl Shard {
             None => return reply(out, origin, Outcome::NoCopyset),
         }
         broken.map(|at| self.broken.swap_remove(at));
+        self.lost.retain(|&lost| lost != id); // its next life has a log of its own
         let seq = self.log.borrow_mut().purge(id);
         self.admin.push(Pending { origin, seq, copyset: id, create: false });
         self.flush.next = self.now;
@@ -111,6 +113,17 @@ impl Shard {
         }
     }
 
+    /// Copysets that this replica leads, each with its term, and its ConfEpoch once the leader is ready.
+    pub fn led(&self) -> impl Iterator<Item = (CopysetId, u64, Option<u64>)> + '_ {
+        let leads = self.groups.iter().filter(|(_, g)| g.raft.role() == Role::Leader);
+        leads.map(|(&id, g)| (id, g.raft.term(), g.raft.may_read_index().then(|| g.raft.conf().epoch)))
+    }
+
+    /// State of every copyset here.
+    pub fn copyset_statuses(&self) -> impl Iterator<Item = CopysetStatus> + '_ {
+        self.groups.keys().chain(&self.broken).filter_map(|&id| self.copyset_status(id))
+    }
+
     fn copyset_status(&self, id: CopysetId) -> Option<CopysetStatus> {
         if self.broken.contains(&id) {
             return Some(CopysetStatus { id: id.0, state: STATE_ERROR, peer: self.config.peer, ..Default::default() });
@@ -120,7 +133,7 @@ impl Shard {
         let conf = raft.conf();
         Some(CopysetStatus {
             id: id.0,
-            state: if group.damaged { STATE_ERROR } else { raft.role() as u32 },
+            state: if group.damaged || raft.is_suspect() { STATE_ERROR } else { raft.role() as u32 },
             peer: raft.peer(),
             leader: raft.leader(),
             peers: conf.voters.clone(),

@@ -61,7 +61,7 @@ impl Shard {
     /// Apply the head of a copyset's queue; `None` when the queue is empty.
     fn apply_next(&mut self, id: CopysetId, out: &mut Effects) -> Option<Step> {
         let group = self.groups.get_mut(&id)?;
-        if group.damaged || group.fetching || group.fetch_after > self.now {
+        if group.damaged || group.fetching || group.fetch_after > self.now || self.mends.holds(id) {
             return Some(Step::Wait);
         }
         let head = group.queue.front()?;
@@ -140,6 +140,28 @@ impl Shard {
         false
     }
 
+    /// The payload of the committed entry at the head of the queue is lost. Other replicas have what it did: its chunk is
+    /// taken from one of them. With one replica there is nobody to repair from: the copyset answers CRC_FAIL, the others go
+    /// on (rule 21).
+    fn unreadable(&mut self, id: CopysetId, index: u64) {
+        let peers = self.has_peers(id);
+        let Some(group) = self.groups.get_mut(&id) else { return };
+        let header = group.queue.front().and_then(|head| Header::decode(head.header()?).ok());
+        if let Some(header) = header.filter(|_| peers)
+            && self.store.doubt(id, index, header.chunk, self.now.0)
+            && let Some(head) = group.queue.pop_front()
+        {
+            tracing::error!(copyset = ?id, index, "a committed log entry is unreadable; its chunk is asked of a peer");
+            (group.applied, group.fetch_failures) = (head.index, 0);
+            group.raft.applied(head.index);
+            self.mark_dirty(id);
+            self.look_for_doubts();
+        } else {
+            tracing::error!(copyset = ?id, index, "a committed log entry is unreadable; the copyset is out of service");
+            group.damaged = true;
+        }
+    }
+
     pub(super) fn fetched(&mut self, id: CopysetId, index: u64, buf: PoolBuf, result: Result<(), Errno>) {
         let Some(group) = self.groups.get_mut(&id) else { return };
         group.fetching = false;
@@ -152,9 +174,7 @@ impl Shard {
             group.fetch_after = self.now.after_ms(FETCH_RETRY_MS);
             self.fetch_at = self.fetch_at.min(group.fetch_after);
         } else {
-            // With one replica there is nobody to repair from: this copyset answers CRC_FAIL, the others go on (rule 21).
-            tracing::error!(copyset = ?id, index, "a committed log entry is unreadable; the copyset is out of service");
-            group.damaged = true;
+            self.unreadable(id, index);
         }
     }
 }

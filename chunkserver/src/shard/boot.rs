@@ -123,10 +123,13 @@ impl Shard {
             catch_up: super::catchup::CatchUp::default(),
             installs: super::install::Installs::default(),
             supply: super::supply::Supply::default(),
+            mends: super::mend::Mends::default(),
+            suspects: super::suspects::Suspects::default(),
             members: super::members::Members::default(),
             parked: Slab::new(),
             flush: flush::Flush::new(now),
             pace: super::pace::Pace::new(),
+            slow: super::slow::Slow::default(),
             state: State::Boot(Boot::Sync),
             extents,
             replaying: Vec::new(),
@@ -269,7 +272,7 @@ impl Shard {
             tracing::error!(shard = self.config.shard, ?report, "the log has lost records that were durable");
         }
         *self.log.borrow_mut() = log;
-        // Nobody to repair from with one replica: these answer CRC_FAIL (rule 21).
+        // With one replica there is nobody to repair from: these answer CRC_FAIL (rule 21).
         self.lost = report.suspects.iter().copied().chain(report.rot.iter().filter_map(|rot| rot.copyset)).collect();
         let (extents, config) = (Arc::clone(&self.extents), StoreConfig::default());
         let loader = Some(Box::new(Loader::new(&self.layout, self.config.shard, extents, config)));
@@ -331,17 +334,20 @@ impl Shard {
             }
             self.replay = Replay::default();
             self.store.replay_done();
+            self.look_for_doubts();
             tracing::info!(shard = self.config.shard, copysets = self.groups.len(), "replay is over");
         }
     }
 
     /// Make a copyset live from what the log says of it.
     pub(super) fn start_copyset(&mut self, id: CopysetId) -> Result<(), Failure> {
+        let lost = self.lost.contains(&id);
         let config = copyset::Config {
             seed: self.config.seed ^ id.0.rotate_left(17),
             // What is proposed is bounded by the shard: it makes writes wait, a copyset would refuse them (rule 25).
             max_waiting: usize::MAX,
             max_waiting_bytes: usize::MAX,
+            suspect: lost,
             ..copyset::Config::new(id, self.config.peer, 0).with_election_timeout(self.config.election_ms * 1_000_000)
         };
         let checkpoint =
@@ -351,6 +357,7 @@ impl Shard {
         };
         let raft =
             Copyset::new(config, Rc::clone(&self.log), self.now.0).map_err(|e| Failure::Copyset(id, e.to_string()))?;
+        let alone = !raft.conf().voters.iter().any(|&voter| voter != self.config.peer);
         let group = Group {
             raft,
             applied,
@@ -362,9 +369,12 @@ impl Shard {
             unpersisted: false,
             applying: false,
             follow: super::follow::Follow::default(),
-            damaged: self.lost.contains(&id),
+            damaged: lost && alone,
         };
         self.groups.insert(id, group);
+        if lost && !alone {
+            self.suspect(id);
+        }
         self.store.add_copyset(id, incarnation);
         self.next_tick = self.now;
         self.mark_dirty(id);

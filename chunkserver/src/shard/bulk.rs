@@ -7,6 +7,8 @@
 //! 3 a piece?        index u64, chunk u64, offset u32, len u32
 //! 4 that piece      chunk u64, offset u32, len u32, exists u8, created, applied, sn, corrected sn: u64,
 //!                   blocks u16, blocks x crc u32 (0 and a block of zeros in the payload: nothing is there)
+//! 5 how far are you? last u64 (own last index; the asker's log has lost records)
+//! 6 so far           term u64, last u64
 //! ```
 //! The payload of 4 is the whole piece, or empty if nothing is in it.
 
@@ -31,6 +33,10 @@ pub(super) enum Bulk {
     AskPiece { index: u64, chunk: u64, offset: u32, len: u32 },
     /// This. `info` is `None` when there is no such chunk (any more).
     Piece { chunk: u64, offset: u32, len: u32, info: Option<ChunkInfo>, crcs: Vec<u32> },
+    /// How far are you? The asker's log has lost records and ends at `last`.
+    AskState { last: u64 },
+    /// So far.
+    State { term: u64, last: u64 },
 }
 
 /// Not one of ours.
@@ -77,6 +83,15 @@ impl Bulk {
                 out.put_u16_le(crcs.len() as u16);
                 crcs.iter().for_each(|crc| out.put_u32_le(*crc));
             }
+            Self::AskState { last } => {
+                out.put_u8(5);
+                out.put_u64_le(*last);
+            }
+            Self::State { term, last } => {
+                out.put_u8(6);
+                out.put_u64_le(*term);
+                out.put_u64_le(*last);
+            }
         }
         out.freeze()
     }
@@ -108,6 +123,8 @@ impl Bulk {
                 let crcs = (0..count).map(|_| r.u32()).collect::<Result<_, _>>()?;
                 Self::Piece { chunk, offset, len, info: exists.then_some(info), crcs }
             }
+            5 => Self::AskState { last: r.u64()? },
+            6 => Self::State { term: r.u64()?, last: r.u64()? },
             _ => return Err(BadBulk),
         };
         let whole = match bulk {
@@ -175,6 +192,8 @@ mod tests {
             Bulk::AskPiece { index: 7, chunk: 9, offset: 4096, len: 8192 },
             Bulk::Piece { chunk: 9, offset: 0, len: 4096, info: None, crcs: vec![] },
             Bulk::Piece { chunk: 9, offset: 0, len: 8192, info: Some(info(9)), crcs: vec![1, 0] },
+            Bulk::AskState { last: 8 },
+            Bulk::State { term: 3, last: 8 },
         ];
         for bulk in all {
             assert_eq!(Bulk::decode(&bulk.encode()), Ok(bulk));
@@ -187,7 +206,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn hostile_bytes_are_an_error_or_a_message(mut bytes in proptest::collection::vec(any::<u8>(), 0..120), kind in 0u8..6) {
+        fn hostile_bytes_are_an_error_or_a_message(mut bytes in proptest::collection::vec(any::<u8>(), 0..120), kind in 0u8..8) {
             if let [version, of, ..] = bytes.as_mut_slice() {
                 (*version, *of) = (VERSION, kind);
             }

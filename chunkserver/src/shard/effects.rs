@@ -67,6 +67,7 @@ impl Shard {
         }
         let next = self.now.after_ns(self.tick_ns());
         self.next_tick = Instant::FAR;
+        self.leave_slow_disk();
         for (&id, group) in self.groups.iter_mut().filter(|(_, group)| group.raft.needs_ticks() && !group.damaged) {
             self.next_tick = next;
             group.raft.tick(self.now.0);

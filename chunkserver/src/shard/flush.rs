@@ -31,6 +31,10 @@ pub(super) struct Flush {
     pub(super) next: Instant,
     /// Somebody waits for memory or log space that this shard's dirty data holds.
     pub(super) urgent: bool,
+    /// Somebody found no slot; what was deleted may hold some until a checkpoint covers it.
+    slots_wanted: bool,
+    /// How often that had been said, by any shard, when it was last looked at.
+    wants_seen: u64,
 }
 
 #[derive(Debug)]
@@ -46,7 +50,7 @@ enum Phase {
 
 impl Flush {
     pub(super) fn new(now: Instant) -> Self {
-        Self { phase: Phase::Idle, next: now, urgent: false }
+        Self { phase: Phase::Idle, next: now, urgent: false, slots_wanted: false, wants_seen: 0 }
     }
 }
 
@@ -87,6 +91,12 @@ impl Shard {
         let dirty = self.store.pinned_bytes() as usize;
         let log = self.log.borrow();
         if log.used_bytes() * 2 >= log.capacity_bytes() || self.writes_wait() || self.checkpoints_wanted() {
+            return true;
+        }
+        let wants = self.extents.wanted();
+        self.flush.slots_wanted |= std::mem::replace(&mut self.flush.wants_seen, wants) != wants;
+        self.flush.slots_wanted &= self.store.slots_await_checkpoint();
+        if self.flush.slots_wanted {
             return true;
         }
         let Some(oldest) = self.store.oldest_dirty_ns() else {
@@ -157,6 +167,12 @@ impl Shard {
         true
     }
 
+    /// A slot was wanted and there was none. The other shards see that at their next turn.
+    pub(super) fn want_slots(&mut self) {
+        self.extents.want();
+        self.flush.next = self.now;
+    }
+
     /// Log what the copysets may restart from; false if there was nothing new to say.
     fn write_checkpoints(&mut self, done: Vec<(CopysetId, u64)>) -> bool {
         let mut written = Checkpoints::new();
@@ -182,6 +198,7 @@ impl Shard {
         // A round that changed nothing still ends: the next one is due by age.
         self.flush.phase = if any { Phase::Checkpoints(written) } else { Phase::Idle };
         self.flush.next = self.now.after_ms(100);
+        self.flush.slots_wanted = false;
         any
     }
 
@@ -228,7 +245,7 @@ impl Shard {
     /// Log space, or slots that only a checkpoint sets free, are scarce.
     fn is_short(&self) -> bool {
         let log = self.log.borrow();
-        let slots = self.store.spare_slots() == 0 && self.extents.free_slots() == 0;
+        let slots = self.flush.slots_wanted || self.store.spare_slots() == 0 && self.extents.free_slots() == 0;
         log.used_bytes() * 2 >= log.capacity_bytes() || self.writes_wait() || slots
     }
 

@@ -69,16 +69,23 @@ struct Install {
 #[derive(Debug, Default)]
 pub(super) struct Installs(BTreeMap<CopysetId, Install>);
 
+impl Installs {
+    /// A raft snapshot of this copyset is being taken in.
+    pub(super) fn takes(&self, id: CopysetId) -> bool {
+        self.0.contains_key(&id)
+    }
+}
+
 impl Shard {
     /// A raft snapshot of this copyset is being taken in.
     pub(super) fn installs(&self, id: CopysetId) -> bool {
-        self.installs.0.contains_key(&id)
+        self.installs.takes(id)
     }
 
     /// A leader offers its chunks instead of entries.
     pub(super) fn offered(&mut self, id: CopysetId, from: u64, index: u64) {
         // What can be applied goes first: an older entry must not come over a newer chunk.
-        if self.groups.get(&id).is_none_or(|group| !group.queue.is_empty() || group.damaged) {
+        if self.groups.get(&id).is_none_or(|group| !group.queue.is_empty() || group.damaged) || self.mends.holds(id) {
             return;
         }
         if let Some(install) = self.installs.0.get(&id) {
@@ -183,6 +190,7 @@ impl Shard {
         if !self.store.promise(needed) {
             tracing::error!(copyset = ?id, needed, "no space for the chunks of a raft snapshot");
             self.installs.0.remove(&id);
+            self.want_slots(); // the next offer finds what that sets free
             return;
         }
         (install.promised, install.stage) = (needed, Stage::Pieces);
@@ -222,8 +230,11 @@ impl Shard {
         }
     }
 
-    pub(super) fn piece(&mut self, id: CopysetId, from: u64, piece: Bulk, payload: &Bytes) {
+    pub(super) fn piece(&mut self, id: CopysetId, from: u64, piece: Bulk, payload: &Bytes, out: &mut Effects) {
         let Bulk::Piece { chunk, offset, len, info, crcs } = piece else { return };
+        if self.mends_from((id, chunk), from) && (info.is_none() || matches(len, &crcs, payload)) {
+            return self.mend_piece((id, chunk), (offset, len), info, &crcs, payload, out);
+        }
         let Some(install) = self.installs.0.get_mut(&id).filter(|install| install.from == from) else { return };
         let asked = |asked: &Asked| (asked.chunk, asked.offset, asked.len) == (chunk, offset, len);
         let Some(at) = install.asked.iter().position(asked) else { return };
@@ -270,7 +281,15 @@ impl Shard {
     }
 
     /// Runs of blocks that hold something, and of those that do not.
-    fn take_in(&mut self, id: CopysetId, chunk: u64, index: u64, offset: u32, crcs: &[u32], payload: &Bytes) {
+    pub(super) fn take_in(
+        &mut self,
+        id: CopysetId,
+        chunk: u64,
+        index: u64,
+        offset: u32,
+        crcs: &[u32],
+        payload: &Bytes,
+    ) {
         let mut at = 0;
         for run in crcs.chunk_by(|a, b| (*a == 0) == (*b == 0)) {
             let (start, bytes) = (offset + (at * BLOCK) as u32, run.len() * BLOCK);

@@ -19,13 +19,16 @@ mod install;
 mod lease;
 pub mod mail;
 mod members;
+mod mend;
 mod pace;
 mod peers;
 mod propose;
 mod read;
 mod replay;
 pub mod request;
+mod slow;
 mod supply;
+mod suspects;
 #[cfg(test)]
 mod tests;
 
@@ -134,7 +137,7 @@ struct Group {
     unpersisted: bool,
     applying: bool,
     follow: follow::Follow,
-    /// An entry of the log is lost to rot and there is no peer to fetch it from.
+    /// Entries of the log are lost to rot and there is no peer to fetch them from.
     damaged: bool,
 }
 
@@ -212,11 +215,14 @@ pub struct Shard {
     catch_up: catchup::CatchUp,
     installs: install::Installs,
     supply: supply::Supply,
+    mends: mend::Mends,
+    suspects: suspects::Suspects,
     members: members::Members,
     /// Reads that wait for a quorum's word that this replica still leads.
     parked: Slab<Request>,
     flush: flush::Flush,
     pace: pace::Pace,
+    slow: slow::Slow,
     state: State,
     extents: Arc<ExtentPool>,
     /// What the log held at start and is not applied yet: copyset and last index.
@@ -344,6 +350,8 @@ impl Shard {
         self.write_log(out);
         self.catch_up_step(out);
         self.install_step(out);
+        self.mend_step(out);
+        self.suspects_step(out);
         self.start_waiting_reads(out);
         self.replay_step();
         self.supply_step(out);
@@ -376,6 +384,8 @@ impl Shard {
                 };
                 self.flush_deadline()
                     .min(self.install_deadline())
+                    .min(self.mend_deadline())
+                    .min(self.suspects_deadline())
                     .min(self.log_write_deadline())
                     .min(self.next_tick)
                     .min(self.seal_at)
@@ -451,7 +461,11 @@ impl Shard {
         let State::Draining { sealed, .. } = &mut self.state else { return };
         let mut log = self.log.borrow_mut();
         match *sealed {
-            None if self.waiting.is_empty() && self.reads.is_empty() && self.parked.is_empty() => {
+            None if self.waiting.is_empty()
+                && self.reads.is_empty()
+                && self.parked.is_empty()
+                && self.mends.is_empty() =>
+            {
                 *sealed = Some(log.seal().unwrap_or_else(|| log.durable_seq()));
             }
             Some(seq) if log.durable_seq() >= seq => self.state = State::Stopped,
@@ -478,6 +492,7 @@ impl Shard {
         for job in std::mem::take(&mut self.reads).into_iter().map(|(_, job)| job.origin) {
             reply(out, job, outcome);
         }
+        self.stop_mends(None, outcome, out);
         let parked = std::mem::take(&mut self.parked).into_iter().map(|(_, request)| request.origin);
         let admin = std::mem::take(&mut self.admin).into_iter().map(|pending| pending.origin);
         for origin in parked.chain(admin).chain(self.members.give_up(None)) {
@@ -533,6 +548,7 @@ impl Shard {
             };
             let write = self.log.borrow_mut().take_write(&mut header);
             self.pace.started(self.now, write.id, write.records);
+            self.slow.started(self.now, write.id);
             let offset = self.layout.log_offset_of(self.config.shard) + write.offset;
             let payload: usize = write.payloads.iter().map(Bytes::len).sum();
             self.seal_at = self.now.after_ms(SEAL_AFTER_MS);
@@ -545,6 +561,7 @@ impl Shard {
 
     fn log_written(&mut self, id: WriteId) {
         self.pace.done(id);
+        self.slow.done(self.now, id);
         let Some(durable) = self.log.borrow_mut().write_done(id) else { return };
         let mut unpersisted = std::mem::replace(&mut self.unpersisted, std::mem::take(&mut self.spare));
         for id in unpersisted.drain(..) {
@@ -559,7 +576,9 @@ impl Shard {
         self.spare = unpersisted;
     }
 
-    fn status(&self) -> ShardStatus {
+    /// What only the shard knows of itself.
+    #[must_use]
+    pub fn status(&self) -> ShardStatus {
         let log = self.log.borrow();
         ShardStatus {
             shard: self.config.shard,

@@ -69,7 +69,9 @@ impl Shard {
                 self.supply_piece(id, from, index, (chunk, offset, len), out);
             }
             Ok(Bulk::List { index, from: first, more, chunks }) => self.listed(id, from, index, first, more, chunks),
-            Ok(piece @ Bulk::Piece { .. }) => self.piece(id, from, piece, payload),
+            Ok(piece @ Bulk::Piece { .. }) => self.piece(id, from, piece, payload, out),
+            Ok(Bulk::AskState { last }) => self.tell_state(id, from, last, out),
+            Ok(Bulk::State { term, last }) => self.told_state(id, from, term, last),
             Err(error) => {
                 tracing::warn!(copyset = ?id, from, %error, "a peer's message is refused");
                 self.metrics.add(Counter::PeerRefused, 1);
@@ -213,6 +215,7 @@ impl Shard {
         }
         if fit < new.len() {
             self.metrics.add(Counter::PeerNoSpace, 1);
+            self.want_slots();
             message.mut_entries().truncate(known + fit);
         }
         !message.get_entries().is_empty()

@@ -93,6 +93,16 @@ impl Shard {
             return reply(out, request.origin, Outcome::Invalid);
         }
         if let Err(outcome) = self.store.admit(id, chunk, &op) {
+            if outcome == Outcome::NoSpace {
+                self.want_slots();
+            }
+            if outcome == Outcome::CrcFail {
+                let request = Request { copyset: id, op: RequestOp::Chunk { chunk, op }, origin: request.origin };
+                if let Some(request) = self.mend_request(request, chunk) {
+                    reply(out, request.origin, outcome);
+                }
+                return;
+            }
             return reply(out, request.origin, outcome);
         }
         let applied_index = self.groups.get(&id).map_or(0, |g| g.applied);

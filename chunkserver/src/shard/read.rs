@@ -27,16 +27,19 @@ pub(super) struct Hash {
 /// A read that waits for the device.
 pub(super) struct Job {
     pub(super) origin: Origin,
-    copyset: CopysetId,
-    chunk: u64,
-    offset: u32,
-    len: u32,
+    pub(super) copyset: CopysetId,
+    pub(super) chunk: u64,
+    pub(super) offset: u32,
+    pub(super) len: u32,
     plan: ReadPlan,
     done: SmallVec<[Option<Bytes>; 2]>,
     pending: usize,
     /// Reads so far that ended stale, and that ended in a mismatch without a reason.
     stales: u8,
     rots: u8,
+    /// The block that was found rotten last, and how often it was mended in vain.
+    pub(super) rotten: u32,
+    pub(super) mends: u8,
     failed: Option<Outcome>,
     stale: bool,
     rot: bool,
@@ -49,6 +52,9 @@ impl Shard {
             Ok(plan) => {
                 let job = Job::new(origin, id, chunk, offset, len, plan, None);
                 self.run(job, out);
+            }
+            Err(Outcome::CrcFail) => {
+                self.read_lost(Job::new(origin, id, chunk, offset, len, ReadPlan::none(), None), out)
             }
             Err(outcome) => {
                 let applied_index = self.groups.get(&id).map_or(0, |g| g.applied);
@@ -75,6 +81,10 @@ impl Shard {
             Err(Outcome::NoChunk) => {
                 let data = ReplyData::Hash(None);
                 out.replies.push(Reply { origin, outcome: Outcome::Success, applied_index: 0, data });
+            }
+            Err(Outcome::CrcFail) => {
+                let job = Job::new(origin, id, chunk, offset, len.min(HASH_STEP), ReadPlan::none(), Some(hash));
+                self.read_lost(job, out);
             }
             Err(outcome) => reply(out, origin, outcome),
         }
@@ -166,7 +176,7 @@ impl Shard {
                     }
                 }
                 Verified::Stale => job.stale = true,
-                Verified::Rot { .. } => job.rot = true,
+                Verified::Rot { block } => (job.rot, job.rotten) = (true, block),
             }
         }
         if job.pending == 0 {
@@ -188,7 +198,7 @@ impl Shard {
                 Ok(plan) => {
                     let mut next =
                         Job::new(job.origin, job.copyset, job.chunk, job.offset, job.len, plan, job.hash.take());
-                    (next.stales, next.rots) = (job.stales, job.rots);
+                    (next.stales, next.rots, next.mends) = (job.stales, job.rots, job.mends);
                     return self.run(next, out);
                 }
                 Err(outcome) => job.failed = Some(outcome),
@@ -196,9 +206,38 @@ impl Shard {
         } else if job.rot || job.stale {
             tracing::error!(copyset = ?job.copyset, chunk = job.chunk, offset = job.offset, "checksum mismatch on the device");
             self.metrics.add(Counter::Rot, 1);
-            job.failed = Some(Outcome::CrcFail);
+            return self.read_lost(job, out);
         }
         self.finish(job, out);
+    }
+
+    /// What a read wants is lost here: another replica may have it.
+    fn read_lost(&mut self, job: Job, out: &mut Effects) {
+        if let Err(job) = self.mend_read(job) {
+            self.give_up_read(*job, out);
+        }
+    }
+
+    /// Nobody has it.
+    pub(super) fn give_up_read(&mut self, mut job: Job, out: &mut Effects) {
+        job.failed = Some(Outcome::CrcFail);
+        self.finish(job, out);
+    }
+
+    /// What was lost may be there now.
+    pub(super) fn read_again(&mut self, mut job: Job, out: &mut Effects) {
+        match self.store.read(job.copyset, job.chunk, job.offset, job.len) {
+            Ok(plan) => {
+                let mut next = Job::new(job.origin, job.copyset, job.chunk, job.offset, job.len, plan, job.hash.take());
+                next.mends = job.mends;
+                self.run(next, out);
+            }
+            Err(Outcome::CrcFail) => self.read_lost(job, out),
+            Err(outcome) => {
+                job.failed = Some(outcome);
+                self.finish(job, out);
+            }
+        }
     }
 
     fn finish(&mut self, mut job: Job, out: &mut Effects) {
@@ -273,6 +312,8 @@ impl Job {
             pending: 0,
             stales: 0,
             rots: 0,
+            rotten: 0,
+            mends: 0,
             failed: None,
             stale: false,
             rot: false,

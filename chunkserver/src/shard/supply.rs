@@ -12,7 +12,7 @@ use raftlog::{BLOCK, CopysetId, crc32c};
 use slab::Slab;
 
 /// `Origin::shard` of reads made for peers; no shard has this number.
-const PEERS: u16 = u16::MAX - 1;
+pub(super) const PEERS: u16 = u16::MAX - 1;
 /// Pieces being read for peers at once; what is asked beyond is asked again by the peer.
 const PIECES_MAX: usize = 16;
 
@@ -35,7 +35,9 @@ pub(super) struct Supply(Slab<Piece>);
 impl Shard {
     /// This replica's applied state is at least as new as `index`, and whole.
     fn can_supply(&self, id: CopysetId, index: u64) -> bool {
-        self.groups.get(&id).is_some_and(|group| !group.damaged && group.applied >= index && !self.installs(id))
+        self.groups.get(&id).is_some_and(|group| {
+            !group.damaged && !group.raft.is_suspect() && group.applied >= index && !self.installs(id)
+        })
     }
 
     pub(super) fn supply_list(&mut self, id: CopysetId, to: u64, index: u64, from: u64, out: &mut Effects) {

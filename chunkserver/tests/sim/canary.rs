@@ -45,14 +45,17 @@ mod tests {
     use crate::scenario::{Outcome, run_with};
 
     fn seed(seed: u64, canary: Canary) -> Outcome {
-        run_with(seed, Box::new(ServerSystem), Some(canary))
+        run_with(seed, Box::new(ServerSystem::default()), Some(canary))
     }
 
+    /// Each with a seed that finds it, which is tried first: any change of the workload may move it.
     #[test]
     fn every_planted_bug_is_found_within_200_seeds() {
         use Canary::{AckBeforePersist, LogWithoutDsync, RecoveredUnsynced, SyncsSkipped};
-        for canary in [AckBeforePersist, LogWithoutDsync, SyncsSkipped, RecoveredUnsynced] {
-            let found = (0..200).find(|&n| !seed(n, canary).violations.is_empty());
+        for (canary, first) in [(AckBeforePersist, 3), (LogWithoutDsync, 0), (SyncsSkipped, 0), (RecoveredUnsynced, 3)]
+        {
+            let mut seeds = std::iter::once(first).chain(0..200);
+            let found = seeds.find(|&n| !seed(n, canary).violations.is_empty());
             println!("{canary:?} found by seed {found:?}");
             assert!(found.is_some(), "{canary:?} was not found");
         }

@@ -15,15 +15,15 @@ use std::cell::RefCell;
 use std::collections::{BTreeMap, VecDeque};
 use std::rc::Rc;
 
-const CHUNK: &str = "curve.chunkserver.ChunkService";
-const COPYSET: &str = "curve.chunkserver.CopysetService";
+pub(crate) const CHUNK: &str = "curve.chunkserver.ChunkService";
+pub(crate) const COPYSET: &str = "curve.chunkserver.CopysetService";
 const INTERNAL: &str = "chunkserver.internal.ZeroService";
-const POOL: u64 = 1;
+pub(crate) const POOL: u64 = 1;
 const THINK: u64 = 0;
 const RESUME: u64 = 1;
 const RECONNECT: u64 = 2;
 /// Chunk ids from here on exist only to fill the pool.
-const FILLER: u64 = 100;
+pub(crate) const FILLER: u64 = 100;
 /// The chunk of each copyset that is deleted and zeroed.
 const MORTAL: u64 = 3;
 
@@ -148,65 +148,15 @@ impl Client {
             let place = left.pop_front().unwrap_or(Place { copyset: 1, chunk: 1, block: 0 });
             return (Kind::Read, place, 1);
         }
-        let rng = &mut self.rng;
-        let copyset = rng.between(1, self.shape.copysets);
+        let copyset = self.rng.between(1, self.shape.copysets);
         let filling = self.history.borrow().filling;
-        if rng.ppm(if filling { 700_000 } else { 30_000 }) {
-            let place = Place { copyset, chunk: FILLER + rng.below(40), block: 0 };
-            let kind = if filling && rng.ppm(700_000) { Kind::Write } else { Kind::Delete };
-            return (kind, place, 1);
-        }
-        let chunk = rng.between(1, MORTAL);
-        let big = rng.ppm(40_000);
-        let hot = if rng.ppm(850_000) { 6 } else { self.shape.blocks };
-        let block = if big { 0 } else { rng.below(hot) };
-        let most = self.shape.blocks - block;
-        let blocks = if big { most } else { rng.skewed(1, 4).min(most) };
-        let place = Place { copyset, chunk, block };
-        match rng.below(100) {
-            0..=1 if chunk == MORTAL => (Kind::Delete, place, 1),
-            2..=9 if chunk == MORTAL => (Kind::Zero, place, blocks),
-            10..=11 => (Kind::Info, place, 1),
-            12..=54 => (Kind::Read, place, blocks),
-            _ => (Kind::Write, place, blocks),
-        }
+        choose(&mut self.rng, copyset, self.shape.blocks, filling)
     }
 
     fn operate(&mut self, world: &mut World, conn: ConnId) {
         let (kind, first, blocks) = self.choose();
         let id = self.history.borrow().records.len();
-        let mut request = ChunkRequest {
-            op: 0,
-            pool: POOL,
-            copyset: first.copyset,
-            chunk: first.chunk,
-            offset: first.block * BLOCK as u64,
-            size: blocks * BLOCK as u64,
-            sn: 1,
-        };
-        let mut payload = Vec::new();
-        let to = match kind {
-            Kind::Write => {
-                let place = |at| Place { block: first.block + at, ..first };
-                (0..blocks).for_each(|at| stamp(place(at), History::value(id, at), &mut payload));
-                request.op = 2;
-                (CHUNK, "WriteChunk")
-            }
-            Kind::Read => {
-                (request.op, request.sn) = (1, 0);
-                (CHUNK, "ReadChunk")
-            }
-            Kind::Zero => {
-                request.op = 2;
-                (INTERNAL, "Zero")
-            }
-            Kind::Delete => {
-                (request.offset, request.size) = (0, 0);
-                (CHUNK, "DeleteChunk")
-            }
-            Kind::Info => (CHUNK, "GetChunkInfo"),
-        };
-        let body = if kind == Kind::Info { info_request(first) } else { request.encode() };
+        let (service, method, body, payload) = call_for(id, kind, first, blocks);
         let (client, start) = (self.me, world.stamp());
         let (outcome, end) = (Outcome::Unknown, u64::MAX);
         self.history.borrow_mut().records.push(Record {
@@ -219,7 +169,7 @@ impl Client {
             outcome,
             seen: Vec::new(),
         });
-        self.call(world, conn, to, (&body, &payload), Waiting::Op(id));
+        self.call(world, conn, (service, method), (&body, &payload), Waiting::Op(id));
     }
 
     fn call(&mut self, world: &mut World, conn: ConnId, to: (&str, &str), what: (&[u8], &[u8]), waiting: Waiting) {
@@ -328,16 +278,7 @@ impl Client {
             if frame.attachment.len() as u64 != record.blocks * BLOCK as u64 {
                 history.violations.push(format!("{} bytes for {record:?}", frame.attachment.len()));
             }
-            for (at, block) in frame.attachment.chunks(BLOCK).enumerate() {
-                let place = Place { block: record.first.block + at as u64, ..record.first };
-                match unstamp(place, block) {
-                    Some(value) => record.seen.push(value),
-                    None => {
-                        history.violations.push(format!("corrupt block {place:?}: {:02x?}", &block[..24]));
-                        record.seen.push(u64::MAX);
-                    }
-                }
-            }
+            record.seen = values_of(record.first, &frame.attachment, &mut history.violations);
         }
         let done = record.outcome == Outcome::Done || harmed;
         history.records[id] = record;
@@ -414,6 +355,80 @@ impl Actor for Client {
     }
 }
 
+/// What to do next with a copyset.
+pub(crate) fn choose(rng: &mut Rng, copyset: u64, blocks_used: u64, filling: bool) -> (Kind, Place, u64) {
+    if rng.ppm(if filling { 700_000 } else { 30_000 }) {
+        let place = Place { copyset, chunk: FILLER + rng.below(40), block: 0 };
+        let kind = if filling && rng.ppm(700_000) { Kind::Write } else { Kind::Delete };
+        return (kind, place, 1);
+    }
+    let chunk = rng.between(1, MORTAL);
+    let big = rng.ppm(40_000);
+    let hot = if rng.ppm(850_000) { 6 } else { blocks_used };
+    let block = if big { 0 } else { rng.below(hot) };
+    let most = blocks_used - block;
+    let blocks = if big { most } else { rng.skewed(1, 4).min(most) };
+    let place = Place { copyset, chunk, block };
+    match rng.below(100) {
+        0..=1 if chunk == MORTAL => (Kind::Delete, place, 1),
+        2..=9 if chunk == MORTAL => (Kind::Zero, place, blocks),
+        10..=11 => (Kind::Info, place, 1),
+        12..=54 => (Kind::Read, place, blocks),
+        _ => (Kind::Write, place, blocks),
+    }
+}
+
+/// A call as it goes on the wire: service, method, message, attachment.
+pub(crate) type Call = (&'static str, &'static str, BytesMut, Vec<u8>);
+
+/// The call for the operation that will be record `id` of the history.
+pub(crate) fn call_for(id: usize, kind: Kind, first: Place, blocks: u64) -> Call {
+    let mut request = ChunkRequest {
+        op: 0,
+        pool: POOL,
+        copyset: first.copyset,
+        chunk: first.chunk,
+        offset: first.block * BLOCK as u64,
+        size: blocks * BLOCK as u64,
+        sn: 1,
+    };
+    let mut payload = Vec::new();
+    let (service, method) = match kind {
+        Kind::Write => {
+            let place = |at| Place { block: first.block + at, ..first };
+            (0..blocks).for_each(|at| stamp(place(at), History::value(id, at), &mut payload));
+            request.op = 2;
+            (CHUNK, "WriteChunk")
+        }
+        Kind::Read => {
+            (request.op, request.sn) = (1, 0);
+            (CHUNK, "ReadChunk")
+        }
+        Kind::Zero => {
+            request.op = 2;
+            (INTERNAL, "Zero")
+        }
+        Kind::Delete => {
+            (request.offset, request.size) = (0, 0);
+            (CHUNK, "DeleteChunk")
+        }
+        Kind::Info => return (CHUNK, "GetChunkInfo", info_request(first), payload),
+    };
+    (service, method, request.encode(), payload)
+}
+
+/// The values that a read returned; what is corrupt is noted.
+pub(crate) fn values_of(first: Place, attachment: &[u8], violations: &mut Vec<String>) -> Vec<u64> {
+    let value = |(at, block): (usize, &[u8])| {
+        let place = Place { block: first.block + at as u64, ..first };
+        unstamp(place, block).unwrap_or_else(|| {
+            violations.push(format!("corrupt block {place:?}: {:02x?}", &block[..24]));
+            u64::MAX
+        })
+    };
+    attachment.chunks(BLOCK).enumerate().map(value).collect()
+}
+
 fn info_request(place: Place) -> BytesMut {
     let mut body = BytesMut::new();
     codec::number(&mut body, 1, POOL);
@@ -422,7 +437,7 @@ fn info_request(place: Place) -> BytesMut {
     body
 }
 
-fn status_name(status: u64) -> &'static str {
+pub(crate) fn status_name(status: u64) -> &'static str {
     const NAMES: [&str; 13] = [
         "SUCCESS",
         "REDIRECTED",

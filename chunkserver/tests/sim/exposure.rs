@@ -50,6 +50,13 @@ impl Exposure {
         self.everything || self.copysets.contains(&copyset)
     }
 
+    /// Whether anything of this chunk is, or was, harmed.
+    pub(crate) fn harms(&self, copyset: u64, chunk: u64) -> bool {
+        let first = Place { copyset, chunk, block: 0 };
+        let blocks = self.blocks.range(first..=Place { block: u64::MAX, ..first }).next().is_some();
+        self.lost(copyset) || self.chunks.contains(&(copyset, chunk)) || blocks || self.reads_until == u64::MAX
+    }
+
     /// Whether CRC_FAIL is a legal answer to `record`.
     pub(crate) fn explains(&self, record: &Record) -> bool {
         let first = record.first;

@@ -13,7 +13,7 @@ mod history;
 mod nemesis;
 mod net;
 mod node;
-mod peers;
+mod nodes;
 mod rng;
 mod rot;
 mod run;

@@ -9,7 +9,7 @@ use crate::world::{ActorEvent, Route};
 use bytes::{Buf, Bytes, BytesMut};
 use chunkserver::io::buffer::{PoolBuf, RecvBuf};
 use chunkserver::io::{Address, ConnId, Done, Errno, ListenerId};
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 const EBADF: Errno = Errno(9);
 const EMFILE: Errno = Errno(24);
@@ -107,9 +107,15 @@ pub(crate) struct Net {
     /// Connections of nodes that have not arrived yet.
     dialing: BTreeMap<ConnId, Route>,
     last: i32,
+    /// From which node nothing reaches which other one.
+    blocked: BTreeSet<(usize, usize)>,
+    /// Deliveries that wait for the end of that: connection and sending end.
+    stalled: Vec<(ConnId, usize)>,
     pub(crate) faults: Faults,
     pub(crate) resets: u64,
     pub(crate) refusals: u64,
+    /// Pieces that waited for the end of a partition.
+    pub(crate) held: u64,
     pub(crate) out: Vec<Effect>,
 }
 
@@ -133,14 +139,36 @@ impl Net {
         let conn = ConnId(self.last);
         let owner = Owner::Node(route.node);
         let (due, node, to) = match self.addresses.get(address) {
-            Some(&(node, to)) => (now + self.latency(rng), node, to),
-            None => (now + timeout_ns, usize::MAX, ListenerId(0)),
+            // A first packet is lost, or the answer to it: the same as silence.
+            Some(&(node, to)) if !self.is_blocked(route.node, node) && !self.is_blocked(node, route.node) => {
+                (now + self.latency(rng), node, to)
+            }
+            _ => (now + timeout_ns, usize::MAX, ListenerId(0)),
         };
         assert!(node != route.node, "a node connects to itself");
         let capacity = rng.between(4 << 10, 256 << 10) as usize;
         self.conns.insert(conn, (capacity, [End::new(owner), End::new(Owner::Node(node))]));
         self.dialing.insert(conn, route);
         self.out.push(Effect::At(due, NetEvent::Arrive(conn, node, to)));
+    }
+
+    fn is_blocked(&self, from: usize, to: usize) -> bool {
+        self.blocked.contains(&(from, to))
+    }
+
+    /// From now on nothing of `from` reaches `to`. Connections stay; what they carry waits, as for a retransmission.
+    pub(crate) fn block(&mut self, from: usize, to: usize) {
+        self.blocked.insert((from, to));
+    }
+
+    /// The end of all that.
+    pub(crate) fn unblock(&mut self, now: u64, rng: &mut Rng, pairs: &[(usize, usize)]) {
+        self.blocked.retain(|pair| !pairs.contains(pair));
+        for (conn, side) in std::mem::take(&mut self.stalled) {
+            // Retransmissions of one connection keep their order: each delivery takes what is oldest then.
+            let due = now + self.latency(rng);
+            self.out.push(Effect::At(due, NetEvent::Deliver(conn, side)));
+        }
     }
 
     /// An actor connects; it is told later how that went.
@@ -270,6 +298,12 @@ impl Net {
 
     fn deliver(&mut self, now: u64, rng: &mut Rng, conn: ConnId, from: usize) {
         let Some((_, ends)) = self.conns.get_mut(&conn) else { return };
+        if let (Owner::Node(a), Owner::Node(b)) = (ends[from].owner, ends[1 - from].owner)
+            && self.blocked.contains(&(a, b))
+        {
+            self.held += 1;
+            return self.stalled.push((conn, from));
+        }
         let Some(item) = ends[from].transit.pop_front() else { return };
         if let Item::Data(bytes) = &item {
             ends[from].transit_bytes -= bytes.len();
@@ -615,5 +649,40 @@ mod tests {
         wire.net.close(wire.now, &mut wire.rng, Owner::Node(0), conn, false);
         wire.run();
         assert_eq!(wire.node_receives(conn), Some(Err(EBADF)));
+    }
+    #[test]
+    fn what_is_blocked_waits_one_way_and_arrives_in_order() {
+        let (mut wire, _) = Wire::connected(9);
+        let address = Address::Tcp(std::net::Ipv4Addr::new(10, 0, 0, 1), 8200);
+        wire.net.publish(address.clone(), 0, LISTENER);
+        let from = Route { node: 1, shard: 0, life: 1, token: Token(7) };
+        wire.net.dial(wire.now, &mut wire.rng, from, &address, 50_000_000);
+        wire.net.accept(&mut wire.rng, route(1), LISTENER);
+        wire.run();
+        let conn = match wire.done.drain(..).next() {
+            Some((_, Done::Connect(Ok(conn)) | Done::Accept(Ok(conn)))) => conn,
+            other => panic!("{other:?}"),
+        };
+        wire.net.block(1, 0);
+        for byte in 0..9u8 {
+            let bytes = VecDeque::from([Bytes::copy_from_slice(&[byte])]);
+            wire.net.send(wire.now, &mut wire.rng, Owner::Node(1), None, conn, bytes);
+        }
+        wire.node_sends(4, conn, b"back");
+        assert!(matches!(wire.done.pop(), Some((4, Done::Send(Ok(()))))), "the other way is open");
+        assert!(wire.node_receives(conn).is_none());
+        let refused = Route { token: Token(8), ..from };
+        wire.net.dial(wire.now, &mut wire.rng, refused, &address, 50_000_000);
+        wire.run();
+        assert!(matches!(wire.done.pop(), Some((8, Done::Connect(Err(ETIMEDOUT))))));
+        wire.net.unblock(wire.now, &mut wire.rng, &[(1, 0)]);
+        wire.run();
+        let mut all = Vec::new();
+        while let Some((2, Done::Recv(Ok(bytes)))) = wire.done.pop() {
+            all.extend_from_slice(&bytes);
+            wire.net.recv(wire.now, &mut wire.rng, route(2), conn, None);
+            wire.run();
+        }
+        assert_eq!(all, [0, 1, 2, 3, 4, 5, 6, 7, 8]);
     }
 }

@@ -13,6 +13,7 @@ use chunkserver::mailbox::mesh;
 use chunkserver::metrics::process::ProcessStats;
 use chunkserver::reactor::{Protocol, Reactor, Setup};
 use chunkserver::service::{Info, Shared};
+use chunkserver::shard::request::CopysetStatus;
 use chunkserver::shard::{Arenas, Config, Shard};
 use chunkserver::volume::catalog::{Catalog, SharedCatalog};
 use copyset::PeerId;
@@ -35,12 +36,23 @@ pub(crate) fn peer(node: usize) -> PeerId {
 }
 
 /// A node that runs the server.
-pub(crate) struct ServerSystem;
+pub(crate) struct ServerSystem {
+    /// Election timeout of copysets with several voters.
+    pub(crate) election_ms: u64,
+}
+
+impl Default for ServerSystem {
+    fn default() -> Self {
+        Self { election_ms: 1_000 }
+    }
+}
 
 impl ServerSystem {
-    fn params(&self) -> Params {
+    fn params(&self, node: usize) -> Params {
+        let mut uuid = *b"a simulated disk";
+        uuid[0] += node as u8;
         Params {
-            uuid: *b"a simulated disk",
+            uuid,
             size: SIZE,
             shards: SHARDS,
             chunk_size: CHUNK,
@@ -64,8 +76,8 @@ impl System for ServerSystem {
     fn peer(&self) -> String {
         peer(0).to_string()
     }
-    fn format(&self, disk: &mut Disk) {
-        let layout = Layout::new(&self.params()).expect("the sizes above fit");
+    fn format(&self, node: usize, disk: &mut Disk) {
+        let layout = Layout::new(&self.params(node)).expect("the sizes above fit");
         (0..2).for_each(|copy| disk.preset(copy * BLOCK as u64, &layout.encode()));
     }
 
@@ -97,7 +109,7 @@ impl System for ServerSystem {
                 peer: me.0,
                 dirty_limit: DIRTY,
                 flush_age_ns: FLUSH_AGE_NS,
-                election_ms: 1_000,
+                election_ms: self.election_ms,
                 seed: world.borrow_mut().rng.next(),
             };
             let arenas =
@@ -126,9 +138,35 @@ impl System for ServerSystem {
 
 struct Server(Reactor<SimIo>);
 
+impl Server {
+    fn shard(&self) -> &Shard {
+        self.0.shard().expect("simulated nodes have disks")
+    }
+}
+
 impl Program for Server {
     fn turn(&mut self) -> Option<String> {
         self.0.turn();
         self.0.finished().then(|| self.0.failure().map_or_else(|| "stopped".into(), ToString::to_string))
+    }
+    fn led(&self, see: &mut dyn FnMut(u64, u64, Option<u64>)) {
+        self.shard().led().for_each(|(id, term, epoch)| see(id.0, term, epoch));
+    }
+    fn status(&self) -> String {
+        let s = self.shard().status();
+        format!(
+            "\n      shard {}: {} chunks, slots {} spare and {} unclaimed, log {} of {}, dirty {}, serving {}",
+            s.shard,
+            s.chunks,
+            s.slots_free,
+            s.slots_unclaimed,
+            s.log_used_bytes,
+            s.log_bytes,
+            s.dirty_bytes,
+            self.0.serving()
+        )
+    }
+    fn copysets(&self) -> Vec<CopysetStatus> {
+        self.shard().copyset_statuses().collect()
     }
 }

@@ -2,6 +2,7 @@
 
 use crate::disk::Disk;
 use crate::world::{ActorEvent, Command, Next, Shared, World};
+use chunkserver::shard::request::CopysetStatus;
 use std::cell::RefCell;
 use std::collections::BTreeMap;
 use std::rc::Rc;
@@ -10,6 +11,16 @@ use std::rc::Rc;
 pub(crate) trait Program {
     /// One pass of its loop. `Some(reason)` when it stopped for good.
     fn turn(&mut self) -> Option<String>;
+    /// The copysets it leads: id, term, and the configuration's epoch once it may answer.
+    fn led(&self, _see: &mut dyn FnMut(u64, u64, Option<u64>)) {}
+    /// What it says of itself.
+    fn status(&self) -> String {
+        String::new()
+    }
+    /// What it says of each of its copysets.
+    fn copysets(&self) -> Vec<CopysetStatus> {
+        Vec::new()
+    }
 }
 
 /// What runs on the nodes: the shipping server, or the toy that tests the simulator.
@@ -19,8 +30,8 @@ pub(crate) trait System {
     fn disk_len(&self) -> u64;
     /// The address copysets are created with.
     fn peer(&self) -> String;
-    /// Fill a new disk.
-    fn format(&self, disk: &mut Disk);
+    /// Fill a node's new disk.
+    fn format(&self, node: usize, disk: &mut Disk);
     /// Begin a life: one program per shard.
     fn boot(&self, world: &Shared, node: usize, life: u64) -> Vec<Box<dyn Program>>;
 }
@@ -40,14 +51,20 @@ pub(crate) struct Sim {
     pub(crate) exits: BTreeMap<String, u64>,
     /// How often programs may still stop by themselves before a run is given up.
     pub(crate) exits_left: u64,
+    /// Who led each term of each copyset.
+    leaders: BTreeMap<(u64, u64), usize>,
+    /// Newest term of each copyset whose leader could answer, and the epoch it had then.
+    epochs: BTreeMap<u64, (u64, u64)>,
+    /// Two leaders of one term, or an election that did not raise the epoch (rule 19), if ever.
+    pub(crate) bad_leaders: Vec<String>,
 }
 
 impl Sim {
     pub(crate) fn new(seed: u64, system: Box<dyn System>, nodes: usize) -> Self {
         let mut world = World::new(seed);
-        for _ in 0..nodes {
+        for node in 0..nodes {
             let mut disk = Disk::new(system.disk_len());
-            system.format(&mut disk);
+            system.format(node, &mut disk);
             world.add_node(disk);
         }
         let programs = (0..nodes).map(|_| Vec::new()).collect();
@@ -58,6 +75,9 @@ impl Sim {
             actors: Vec::new(),
             exits: BTreeMap::new(),
             exits_left: u64::MAX,
+            leaders: BTreeMap::new(),
+            epochs: BTreeMap::new(),
+            bad_leaders: Vec::new(),
         };
         (0..nodes).for_each(|node| sim.command(Command::Boot(node)));
         sim
@@ -122,5 +142,35 @@ impl Sim {
             return;
         }
         self.world.borrow_mut().after_turn(node, shard);
+        let Self { leaders, epochs, bad_leaders: bad, .. } = self;
+        self.programs[node][usize::from(shard)].led(&mut |copyset, term, epoch| {
+            let first = *leaders.entry((copyset, term)).or_insert(node);
+            if first != node && bad.is_empty() {
+                bad.push(format!("nodes {first} and {node} both led term {term} of copyset {copyset:#x}"));
+            }
+            let Some(epoch) = epoch else { return };
+            let newest = epochs.entry(copyset).or_insert((term, epoch));
+            if term > newest.0 {
+                if epoch <= newest.1 && bad.is_empty() {
+                    bad.push(format!("term {term} of copyset {copyset:#x} began with epoch {epoch}, after {newest:?}"));
+                }
+                *newest = (term, epoch);
+            }
+        });
+    }
+
+    /// Terms of copysets that had a leader.
+    pub(crate) fn elections(&self) -> usize {
+        self.leaders.len()
+    }
+
+    /// What a node's shards say of themselves.
+    pub(crate) fn status(&self, node: usize) -> String {
+        self.programs[node].iter().map(|program| program.status()).collect()
+    }
+
+    /// What a node's shards say of their copysets.
+    pub(crate) fn copysets(&self, node: usize) -> Vec<CopysetStatus> {
+        self.programs[node].iter().flat_map(|program| program.copysets()).collect()
     }
 }

@@ -383,7 +383,7 @@ impl System for ToySystem {
     fn peer(&self) -> String {
         "127.0.0.1:8200:0".into()
     }
-    fn format(&self, _disk: &mut Disk) {}
+    fn format(&self, _node: usize, _disk: &mut Disk) {}
     fn boot(&self, world: &Shared, node: usize, life: u64) -> Vec<Box<dyn Program>> {
         let mail: Mailboxes = Rc::new(RefCell::new((0..SHARDS).map(|_| VecDeque::new()).collect()));
         let start = |shard| {

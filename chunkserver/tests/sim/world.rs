@@ -86,6 +86,8 @@ pub(crate) struct Node {
     paused_until: u64,
     /// What its clock shows beyond the world's. It counts suspension, so it jumps ahead; it starts anew with the power.
     clock_ahead: i64,
+    /// How much faster than the world's it runs, parts per million, and since when.
+    drift: (i64, u64),
     /// Who is told after how many more disk operations.
     trip: Option<(usize, u64)>,
 }
@@ -148,6 +150,7 @@ impl World {
             ports: Vec::new(),
             paused_until: 0,
             clock_ahead: 0,
+            drift: (0, 0),
             trip: None,
         });
         self.nodes.len() - 1
@@ -177,19 +180,41 @@ impl World {
         self.nodes[node].clock_ahead += ns as i64;
     }
 
+    /// From now on a node's clock runs faster than the world's by `ppm` parts per million.
+    pub(crate) fn drift(&mut self, node: usize, ppm: i64) {
+        let ahead = self.drifted(node);
+        let node = &mut self.nodes[node];
+        node.clock_ahead += ahead;
+        node.drift = (ppm, self.now);
+    }
+
+    fn drifted(&self, node: usize) -> i64 {
+        let (ppm, since) = self.nodes[node].drift;
+        ((self.now - since) as i64 / 1_000) * ppm / 1_000
+    }
+
     /// What a node's clock shows.
     fn node_now(&self, node: usize) -> Instant {
-        Instant(self.now.wrapping_add_signed(self.nodes[node].clock_ahead))
+        Instant(self.now.wrapping_add_signed(self.nodes[node].clock_ahead + self.drifted(node)))
     }
 
     /// When a node's clock will show `time`, if it does not jump.
     fn when(&self, node: usize, time: Instant) -> u64 {
-        if time == Instant::FAR { u64::MAX } else { self.now + time.since_ns(self.node_now(node)) }
+        if time == Instant::FAR {
+            return u64::MAX;
+        }
+        let (left, ppm) = (time.since_ns(self.node_now(node)), self.nodes[node].drift.0);
+        self.now + if ppm == 0 { left } else { left.saturating_mul(1_000_000) / (1_000_000 + ppm) as u64 + 2_000 }
     }
 
     /// Forget the trip wire; true if there was one.
     pub(crate) fn untrip(&mut self, node: usize) -> bool {
         self.nodes[node].trip.take().is_some()
+    }
+
+    /// Whether the trip wire still waits.
+    pub(crate) fn armed(&self, node: usize) -> bool {
+        self.nodes[node].trip.is_some()
     }
 
     /// Do what the network asked for.
@@ -228,6 +253,16 @@ impl World {
         self.settle();
     }
 
+    /// Nothing of `from` reaches `to` until [`Self::unblock`].
+    pub(crate) fn block(&mut self, from: usize, to: usize) {
+        self.net.block(from, to);
+    }
+
+    pub(crate) fn unblock(&mut self, pairs: &[(usize, usize)]) {
+        self.net.unblock(self.now, &mut self.rng, pairs);
+        self.settle();
+    }
+
     pub(crate) fn cut(&mut self, conn: ConnId) {
         self.net.cut(self.now, &mut self.rng, conn);
         self.settle();
@@ -254,7 +289,7 @@ impl World {
         this.disk.crash(crash, &mut self.rng);
         if crash == Crash::Power {
             let uptime = self.rng.between(1_000_000_000, 100_000_000_000);
-            this.clock_ahead = uptime as i64 - self.now as i64;
+            (this.clock_ahead, this.drift) = (uptime as i64 - self.now as i64, (0, self.now));
         }
         self.net.crash(self.now, &mut self.rng, node);
         self.settle();

@@ -141,6 +141,24 @@ impl Copyset {
         }
     }
 
+    /// Whether the others' answers are still wanted: see [`Self::suspect_until`].
+    #[must_use]
+    pub fn wants_word(&self) -> bool {
+        self.suspicion == Suspicion::Unknown
+    }
+
+    /// A peer says that its log ends at `last`, though it had acknowledged more: what it lost is sent again. No effect
+    /// unless this replica leads.
+    pub fn forgot(&mut self, peer: u64, last: u64) {
+        if self.role() != Role::Leader {
+            return;
+        }
+        if let Some(progress) = self.raw.raft.mut_prs().get_mut(peer).filter(|p| p.matched > last) {
+            progress.matched = last;
+            progress.become_probe();
+        }
+    }
+
     pub(super) fn weigh_suspicion(&mut self) {
         let held = self.commit_index().min(self.durable_index());
         self.suspicion.reached(self.raw.raft.term, held);

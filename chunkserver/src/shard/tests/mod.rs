@@ -4,6 +4,8 @@
 mod changes;
 mod cluster;
 mod crash;
+mod hostile;
+mod mend;
 mod model;
 mod pressure;
 mod random;

@@ -496,6 +496,19 @@ impl World {
         self.disk.durable[at + 9] ^= 0x40;
     }
 
+    /// Spoil every block outside the log that holds `stamp`; how many there are.
+    pub(super) fn rot_slot(&mut self, stamp: u64) -> usize {
+        let (from, disk) = (self.layout.slots_offset as usize, &mut self.disk);
+        let holds = |b: &[u8]| b.chunks(8).all(|w| w == stamp.to_le_bytes());
+        let places = (from..disk.current.len() / BLOCK * BLOCK).step_by(BLOCK);
+        let found: Vec<usize> = places.filter(|&at| holds(&disk.current[at..at + BLOCK])).collect();
+        for at in &found {
+            disk.current[at + 9] ^= 0x40;
+            disk.durable[at + 9] ^= 0x40;
+        }
+        found.len()
+    }
+
     /// Stop in good order and start again.
     pub(super) fn restart(&mut self) {
         self.shard().drain();

@@ -1,0 +1,77 @@
+//! Making good what rotted, with what another replica has (rule 22).
+//!
+//! A block is taken over if it has the checksum that the own table wants: then it is what was here, whoever sends it.
+//! Where the table itself or the metapage is lost nothing can be compared; such a chunk is *in doubt* and is taken in as
+//! a whole, at a point of the log at least as new as the own. Doubt is kept on the disk ([`DOUBT`]): neither a restart
+//! nor an entry that is applied makes such a chunk look whole.
+
+use super::overlay::Dirty;
+use super::store::Store;
+use bytes::Bytes;
+use raftlog::{BLOCK, CopysetId};
+
+/// The applied index of a chunk in doubt, in memory and in its metapage: no log ever gets there.
+pub(super) const DOUBT: u64 = u64::MAX;
+
+impl Store {
+    /// Chunks of a copyset that are in doubt.
+    #[must_use]
+    pub fn doubts(&self, copyset: CopysetId) -> Vec<u64> {
+        let own = self.chunks.values().filter(|c| c.suspect && c.meta.copyset == copyset);
+        let mut chunks: Vec<u64> = own.map(|c| c.meta.chunk).collect();
+        chunks.sort_unstable();
+        chunks
+    }
+
+    /// Nothing of this chunk can be trusted from now on; it is created at `index` if it is not there. False: there is no
+    /// slot for it.
+    pub fn doubt(&mut self, copyset: CopysetId, index: u64, chunk: u64, now: u64) -> bool {
+        let slot = match self.find(copyset, chunk) {
+            Some((slot, _)) => slot,
+            None => match self.create(copyset, index, chunk) {
+                Ok(slot) => slot,
+                Err(_) => return false,
+            },
+        };
+        if let Some(found) = self.chunks.get_mut(&slot) {
+            (found.suspect, found.meta.applied_index) = (true, DOUBT);
+        }
+        self.dirty.insert(slot);
+        self.dirty_since.get_or_insert(now);
+        true
+    }
+
+    /// Take over those blocks of another replica's piece that are what the own table wants; how many those are. A block
+    /// that is in memory, or that holds nothing here, needs none.
+    pub fn mend(
+        &mut self,
+        copyset: CopysetId,
+        chunk: u64,
+        offset: u32,
+        payload: Bytes,
+        crcs: &[u32],
+        now: u64,
+    ) -> usize {
+        let Some(slot) = self.find(copyset, chunk).filter(|(_, c)| !c.suspect).map(|(slot, _)| slot) else { return 0 };
+        let Some(found) = self.chunks.get_mut(&slot) else { return 0 };
+        if payload.is_empty() || payload.len() != crcs.len() * BLOCK {
+            return 0;
+        }
+        let (index, mut at, mut mended) = (found.meta.applied_index, self.pins.hold(payload), 0);
+        for (block, &crc) in (offset / BLOCK as u32..).zip(crcs) {
+            let wanted = found.crcs.get(block as usize) == Some(&crc) && found.meta.written.get(block);
+            if wanted && found.overlay.get(block).is_none() {
+                found.overlay.put(&mut self.pins, block, Dirty { at, crc, index, oldest: index, captured: false });
+                mended += 1;
+            } else {
+                self.pins.release(at);
+            }
+            at = at.next();
+        }
+        if mended > 0 {
+            self.dirty.insert(slot);
+            self.dirty_since.get_or_insert(now);
+        }
+        mended
+    }
+}

@@ -1,0 +1,130 @@
+//! What is lost on one replica is taken from another one (rules 21, 22).
+
+use super::cluster::Cluster;
+use super::model::stamps;
+use super::world::Setup;
+use crate::metrics::Counter;
+use crate::shard::request::{ChunkOp, Outcome, Reply, RequestOp};
+use raftlog::{BLOCK, CopysetId};
+
+const ID: CopysetId = CopysetId::new(1, 1);
+const CHUNK: u64 = 1;
+
+/// Three replicas of a copyset with a chunk of three blocks, all on their slots; and who leads.
+fn three(seed: u64) -> (Cluster, usize) {
+    let mut c = Cluster::new(3, &Setup { flush_age_ms: 1, ..Setup::default() }, seed);
+    c.create(ID, &[0, 1, 2]);
+    let leader = c.wait_leader(ID);
+    for (block, stamp) in [(0, 11), (1, 12), (2, 13)] {
+        let slot = c.nodes[leader].write(ID, CHUNK, block, 1, stamp).expect("a buffer");
+        assert_eq!(c.answer(leader, slot).outcome, Outcome::Success);
+    }
+    written(&mut c);
+    (c, leader)
+}
+
+/// All replicas have everything on their slots.
+fn written(c: &mut Cluster) {
+    c.quiesce(&[ID]);
+    let clean = |c: &mut Cluster| c.nodes.iter_mut().all(|n| n.shard().store.oldest_dirty_ns().is_none());
+    c.until("everything is written back", clean);
+}
+
+fn read(c: &mut Cluster, node: usize, blocks: u32) -> Reply {
+    let op = ChunkOp::Read { offset: 0, len: blocks * BLOCK as u32 };
+    c.ask(node, ID, RequestOp::Chunk { chunk: CHUNK, op })
+}
+
+fn mended(c: &mut Cluster, node: usize) -> (u64, u64) {
+    let metrics = c.nodes[node].shard().metrics.clone();
+    (metrics.value(Counter::MendedBlocks), metrics.value(Counter::MendedChunks))
+}
+
+#[test]
+fn replicas_with_different_rotten_blocks_mend_each_other() {
+    for seed in 0..8 {
+        let (mut c, leader) = three(seed);
+        let other = (leader + 1) % 3;
+        assert_eq!((c.nodes[leader].rot_slot(12), c.nodes[other].rot_slot(13)), (1, 1));
+        let reply = read(&mut c, leader, 3);
+        assert_eq!((reply.outcome, stamps(&reply.data)), (Outcome::Success, vec![11, 12, 13]));
+        assert_eq!(mended(&mut c, leader), (1, 0));
+        c.compare(ID, CHUNK + 1); // reads all of every replica, which mends the other one
+        assert_eq!(mended(&mut c, other), (1, 0));
+        written(&mut c);
+        c.compare(ID, CHUNK + 1);
+        let again = read(&mut c, leader, 3);
+        assert_eq!(stamps(&again.data), [11, 12, 13]);
+    }
+}
+
+#[test]
+fn what_rotted_everywhere_is_refused_and_can_be_overwritten() {
+    let (mut c, leader) = three(5);
+    (0..3).for_each(|node| assert_eq!(c.nodes[node].rot_slot(12), 1));
+    assert_eq!(read(&mut c, leader, 3).outcome, Outcome::CrcFail);
+    assert_eq!(read(&mut c, leader, 1).outcome, Outcome::Success);
+    let slot = c.nodes[leader].write(ID, CHUNK, 1, 1, 22).expect("a buffer");
+    assert_eq!(c.answer(leader, slot).outcome, Outcome::Success);
+    assert_eq!(stamps(&read(&mut c, leader, 3).data), [11, 22, 13]);
+}
+
+#[test]
+fn a_chunk_in_doubt_is_taken_from_a_peer_while_writes_wait() {
+    for seed in 0..8 {
+        let (mut c, leader) = three(seed);
+        let now = c.nodes[leader].now.0;
+        assert!(c.nodes[leader].shard().store.doubt(ID, 0, CHUNK, now));
+        let slot = c.nodes[leader].write(ID, CHUNK, 1, 1, 22).expect("a buffer");
+        let reply = read(&mut c, leader, 1);
+        assert_eq!((reply.outcome, stamps(&reply.data)), (Outcome::Success, vec![11]));
+        assert_eq!(c.answer(leader, slot).outcome, Outcome::Success);
+        assert_eq!(mended(&mut c, leader), (0, 1));
+        assert_eq!(stamps(&read(&mut c, leader, 3).data), [11, 22, 13]);
+        written(&mut c);
+        c.compare(ID, CHUNK + 1);
+    }
+}
+
+#[test]
+fn doubt_survives_a_power_cut_and_ends_by_itself() {
+    for seed in 0..8 {
+        let (mut c, leader) = three(seed);
+        let node = (leader + 1) % 3;
+        c.isolate(node);
+        let now = c.nodes[node].now.0;
+        assert!(c.nodes[node].shard().store.doubt(ID, 0, CHUNK, now));
+        c.until("that is on the disk", |c| c.nodes[node].shard().store.oldest_dirty_ns().is_none());
+        c.kill(node);
+        c.start(node);
+        c.until("it serves again", |c| c.nodes[node].shard().serving());
+        assert_eq!(c.nodes[node].shard().store.doubts(ID), [CHUNK]);
+        c.cut.clear();
+        c.until("it is mended", |c| c.nodes[node].shard().store.suspect_chunks() == 0);
+        written(&mut c);
+        c.compare(ID, CHUNK + 1);
+    }
+}
+
+#[test]
+fn a_log_that_lost_durable_records_catches_up() {
+    for (seed, in_front) in (0..8).flat_map(|seed| [(seed, true), (seed, false)]) {
+        let (mut c, leader) = three(seed);
+        let node = (leader + 1) % 3;
+        // Idle logs say that all of them is durable: then a bad batch is rot, not a torn tail.
+        let sealed = c.now.after_ms(3_000);
+        c.until("the logs are sealed", |c| c.now >= sealed);
+        c.kill(node);
+        c.nodes[node].rot(12, in_front);
+        c.start(node);
+        written(&mut c);
+        assert!(!c.nodes[node].shard().groups[&ID].raft.is_suspect());
+        c.compare(ID, CHUNK + 1);
+        // It counts again: with it and without another one, writes are answered.
+        let third = (leader + 2) % 3;
+        c.isolate(third);
+        let leader = c.wait_leader(ID);
+        let slot = c.nodes[leader].write(ID, CHUNK, 1, 1, 22).expect("a buffer");
+        assert_eq!(c.answer(leader, slot).outcome, Outcome::Success, "seed {seed}");
+    }
+}

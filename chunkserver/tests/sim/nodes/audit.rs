@@ -1,0 +1,208 @@
+//! When it is calm: the voters of a copyset come to say the same of themselves, and to hold the same bytes.
+
+use super::{COPYSETS, Run, peer};
+use crate::client::{CHUNK, POOL};
+use crate::codec;
+use crate::run::Actor;
+use crate::world::{ActorEvent, World};
+use bytes::BytesMut;
+use chunkserver::shard::request::CopysetStatus;
+use raftlog::CopysetId;
+use std::cell::RefCell;
+use std::collections::{BTreeMap, BTreeSet};
+use std::rc::Rc;
+
+const CHUNK_BYTES: u64 = 256 << 10;
+const LEADER: u32 = 1;
+const OUT_OF_SERVICE: u32 = 5;
+const STEP: u64 = 100_000_000;
+/// So long may replicas take to agree, steps.
+const STEPS: u64 = 400;
+
+/// Lets time pass.
+struct Sleep {
+    me: usize,
+    over: bool,
+}
+
+impl Actor for Sleep {
+    fn event(&mut self, world: &mut World, event: ActorEvent) {
+        match event {
+            ActorEvent::Start => world.tell_at(world.now() + STEP, self.me, ActorEvent::Timer(0)),
+            _ => self.over = true,
+        }
+    }
+    fn done(&self) -> bool {
+        self.over
+    }
+}
+
+/// Node, copyset, chunk.
+type Part = (usize, u64, u64);
+
+/// Asks for checksums of whole chunks, until each is answered.
+struct Hasher {
+    me: usize,
+    links: super::client::Links,
+    left: BTreeSet<Part>,
+    /// Status and checksum.
+    found: Rc<RefCell<BTreeMap<Part, (u64, Vec<u8>)>>>,
+}
+
+impl Hasher {
+    fn ask(&mut self, world: &mut World) {
+        for &(node, copyset, chunk) in &self.left {
+            let Some(conn) = self.links.ready(world, self.me, node) else { continue };
+            let mut body = BytesMut::new();
+            for (field, value) in (1..).zip([POOL, copyset, chunk, 0, CHUNK_BYTES]) {
+                codec::number(&mut body, field, value);
+            }
+            let id = (node as u64) << 56 | copyset << 32 | chunk;
+            world.send(self.me, conn, codec::request(CHUNK, "GetChunkHash", id, &body, &[]));
+        }
+        world.tell_at(world.now() + 2_000_000_000, self.me, ActorEvent::Timer(0));
+    }
+}
+
+impl Actor for Hasher {
+    fn event(&mut self, world: &mut World, event: ActorEvent) {
+        match event {
+            ActorEvent::Connected(conn) => {
+                self.links.connected(conn);
+                self.ask(world);
+            }
+            ActorEvent::Readable(conn) => {
+                for frame in self.links.receive(world, self.me, conn).expect("frames") {
+                    let id = frame.correlation;
+                    let part = ((id >> 56) as usize, id >> 32 & 0xff_ffff, id & 0xffff_ffff);
+                    let fields = codec::fields(&frame.body).unwrap_or_default();
+                    let Some(status) = codec::get_number(&fields, 1).filter(|_| frame.error == 0) else { continue };
+                    if self.left.remove(&part) {
+                        let hash = codec::get_bytes(&fields, 2).unwrap_or_default().to_vec();
+                        self.found.borrow_mut().insert(part, (status, hash));
+                    }
+                }
+            }
+            ActorEvent::Closed(conn) => drop(self.links.closed(world, self.me, conn)),
+            ActorEvent::Start | ActorEvent::Timer(_) if !self.done() => self.ask(world),
+            _ => {}
+        }
+    }
+    fn done(&self) -> bool {
+        self.left.is_empty()
+    }
+}
+
+impl Run {
+    fn sleep(&mut self) {
+        let me = self.sim.actors.len();
+        self.sim.add_actor(Box::new(Sleep { me, over: false }));
+        self.go(2 * STEP);
+    }
+
+    /// What each node says of a copyset.
+    fn show(&self, copyset: u64) -> String {
+        let id = CopysetId(POOL << 32 | copyset).0;
+        let name = |peer: u64| (0..self.nodes).find(|&node| self::peer(node).0 == peer);
+        let line = |node: usize| {
+            let all = self.sim.copysets(node);
+            let s = all.iter().find(|s| s.id == id).cloned().unwrap_or_default();
+            let (leader, peers) = (name(s.leader), s.peers.iter().map(|&p| name(p)).collect::<Vec<_>>());
+            let (up, shards) = (self.sim.world.borrow().nodes[node].up, all.len());
+            format!(
+                "\n    node {node} up {up}, {shards} copysets: state {} term {} leader {leader:?} of {peers:?}, log {}..{}, committed {}, applied {}, chunks {}",
+                s.state, s.term, s.first, s.last, s.committed, s.applied, s.chunks
+            )
+        };
+        (0..self.nodes).map(line).collect()
+    }
+
+    /// What everybody says of everything.
+    pub(super) fn state(&self) -> String {
+        let nodes = (0..self.nodes).map(|node| format!("\n    node {node}:{}", self.sim.status(node)));
+        let copysets = (1..=COPYSETS).map(|copyset| format!("\n   copyset {copyset}:{}", self.show(copyset)));
+        nodes.chain(copysets).collect()
+    }
+
+    /// All of each copyset's voters, if one leads them and all have applied the same; else what is said of it.
+    fn voters(&self) -> Result<BTreeMap<u64, Vec<usize>>, String> {
+        let all: Vec<Vec<CopysetStatus>> = (0..self.nodes).map(|node| self.sim.copysets(node)).collect();
+        let mut voters = BTreeMap::new();
+        for copyset in 1..=COPYSETS {
+            let id = CopysetId(POOL << 32 | copyset);
+            let find = |node: usize| all[node].iter().find(|status| status.id == id.0);
+            let leaders: Vec<&CopysetStatus> =
+                (0..self.nodes).filter_map(find).filter(|status| status.state == LEADER).collect();
+            let newest = leaders.iter().max_by_key(|status| status.term);
+            let Some(leader) = newest else {
+                return Err(format!("copyset {copyset} has no leader"));
+            };
+            // A replica whose log lost even its checkpoint is out of service until an operator makes it anew.
+            let lost = |&node: &usize| {
+                let harmed = self.sim.world.borrow().nodes[node].disk.exposed.lost(copyset);
+                harmed && find(node).is_some_and(|s| s.state == OUT_OF_SERVICE && s.peers.is_empty())
+            };
+            let member = |node: &usize| leader.peers.contains(&peer(*node).0);
+            let nodes: Vec<usize> = (0..self.nodes).filter(member).filter(|node| !lost(node)).collect();
+            let same = |&node: &usize| {
+                find(node).is_some_and(|s| {
+                    (s.applied, s.last, s.term, s.leader) == (leader.last, leader.last, leader.term, leader.peer)
+                })
+            };
+            if !nodes.iter().all(same) {
+                return Err(format!("the replicas of copyset {copyset} differ"));
+            }
+            voters.insert(copyset, nodes);
+        }
+        Ok(voters)
+    }
+
+    /// See the module's text. Why it cannot be told, if it cannot; replicas that differ are violations.
+    pub(super) fn audit(&mut self) -> Option<&'static str> {
+        let mut voters = self.voters();
+        for _ in 0..STEPS {
+            if voters.is_ok() {
+                break;
+            }
+            self.sleep();
+            voters = self.voters();
+        }
+        let voters = match voters {
+            Ok(voters) => voters,
+            Err(why) => {
+                self.history.borrow_mut().violations.push(why);
+                return Some("the replicas did not come to agree");
+            }
+        };
+        let chunks: BTreeSet<(u64, u64)> =
+            self.history.borrow().places().iter().map(|place| (place.copyset, place.chunk)).collect();
+        let parts = chunks
+            .iter()
+            .flat_map(|&(copyset, chunk)| voters[&copyset].iter().map(move |&node| (node, copyset, chunk)));
+        let (me, found) = (self.sim.actors.len(), Rc::default());
+        let links = super::client::Links::new(self.nodes);
+        self.sim.add_actor(Box::new(Hasher { me, links, left: parts.collect(), found: Rc::clone(&found) }));
+        if !self.go(super::PATIENCE) {
+            return Some("checksums of chunks were not answered");
+        }
+        for (copyset, chunk) in chunks {
+            let of = |&node: &usize| (node, found.borrow()[&(node, copyset, chunk)].clone());
+            let all: Vec<(usize, (u64, Vec<u8>))> = voters[&copyset].iter().map(of).collect();
+            let healthy: Vec<_> =
+                all.iter().filter(|(node, said)| said.0 == 0 || !self.harmed(*node, copyset, chunk)).collect();
+            if healthy.iter().any(|(_, said)| said.0 != 0 || *said != healthy[0].1) {
+                let why = format!("copyset {copyset} chunk {chunk}: the replicas' checksums differ: {all:?}");
+                self.history.borrow_mut().violations.push(why);
+            }
+        }
+        None
+    }
+
+    /// Whether a node's disk has harmed this chunk, so that it may refuse to read it.
+    fn harmed(&self, node: usize, copyset: u64, chunk: u64) -> bool {
+        let mut world = self.sim.world.borrow_mut();
+        let disk = &mut world.nodes[node].disk;
+        crate::rot::name_the_harmed(disk);
+        disk.exposed.harms(copyset, chunk)
+    }
+}
