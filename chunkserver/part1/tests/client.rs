@@ -108,45 +108,65 @@ fn requests_are_the_bytes_of_the_cpp_client() {
     assert_eq!(ours.number(1), Some(u64::from(std::process::id())));
 }
 
-#[test]
-fn a_recorded_server_is_understood() {
-    // The recorded answers under our ids.
-    let replies: Arc<Mutex<Vec<Vec<u8>>>> = Arc::default();
-    let mut bytes = &fake::capture("nebd-heartbeat-s2c.bin")[..];
-    while !bytes.is_empty() {
-        let size = |at: usize| u32::from_be_bytes(bytes[at..at + 4].try_into().unwrap()) as usize;
-        let (frame, rest) = bytes.split_at(12 + size(4));
-        let attachment = frame.len() - 12 - size(8);
-        let message = &frame[12 + size(8)..];
-        let split = if attachment > 4096 { message.len() - 4096 } else { message.len() };
-        replies.lock().unwrap().push([&[split as u8], message].concat());
-        bytes = rest;
-    }
-    let queue = Arc::clone(&replies);
-    let fake = Fake::start(move |count, seen| {
-        let reply = queue.lock().unwrap()[count].clone();
-        let (message, attachment) = reply[1..].split_at(usize::from(reply[0]));
-        Act::Raw(fake::frame(0, message, seen.id, attachment))
+/// Makes the recorded requests once more and answers them with the recorded answers.
+fn replay(name: &str) -> (usize, usize) {
+    let recorded = fake::requests(&fake::capture(&format!("nebd-{name}-c2s.bin")));
+    let answers = fake::responses(&fake::capture(&format!("nebd-{name}-s2c.bin")));
+    let next: Arc<Mutex<Option<fake::Response>>> = Arc::default();
+    let planned = Arc::clone(&next);
+    let fake = Fake::start(move |_, seen| match planned.lock().unwrap().take() {
+        Some(answer) => Act::Raw(fake::frame(0, &answer.message, seen.id, &answer.attachment)),
+        None => Act::Serve,
     });
     let client = client(&fake);
-    let fd = block_on(client.open("cbd:pool1//vol1_user_:/etc/curve/client.conf", None)).unwrap();
-    assert_eq!(fd, NebdFd(5));
-    let info = block_on(client.get_info(fd)).unwrap();
-    assert_eq!((info.size, info.block_size), (64 << 20, 4096));
-    assert_eq!(block_on(client.file_size(fd)), Ok(64 << 20));
-    for _ in 0..3 {
-        block_on(client.write(fd, 0, vec![0; 4096].into())).unwrap();
+    let (mut good, mut refused) = (0, 0);
+    for request in recorded.iter().filter(|request| request.method != "KeepAlive") {
+        let answer = answers.iter().find(|answer| answer.id == request.id).unwrap().clone();
+        let ok = answer.message.starts_with(&[8, 0]);
+        *next.lock().unwrap() = Some(answer.clone());
+        let (fd, offset) = (NebdFd(request.number(1).unwrap_or(0) as i32), request.number(2).unwrap_or(0));
+        let length = request.number(3).unwrap_or(0);
+        let result = match request.method.as_str() {
+            "OpenFile" => {
+                let name = String::from_utf8(request.bytes(1).unwrap()).unwrap();
+                let flags = request.bytes(2).map(|flags| OpenFlags { exclusive: flags == [8, 1] });
+                let opened = block_on(client.open(&name, flags));
+                opened.map(|fd| assert_eq!(answer.message, [8, 0, 0x18, fd.0 as u8]))
+            }
+            "CloseFile" => {
+                assert_eq!(block_on(client.close(fd)), Ok(()), "whatever the server said");
+                if ok { Ok(()) } else { Err(Error::Refused) }
+            }
+            "GetInfo" => block_on(client.get_info(fd)).map(|info| {
+                assert_eq!((info.size, info.block_size), (64 << 20, 4096));
+            }),
+            "Read" => {
+                let read = block_on(client.read(fd, offset, length as usize));
+                read.map(|bytes| assert!(bytes == answer.attachment && bytes.len() == length as usize))
+            }
+            "Write" => block_on(client.write(fd, offset, request.attachment.clone().into())),
+            "Discard" => block_on(client.discard(fd, offset, length)),
+            "Flush" => block_on(client.flush(fd)),
+            "InvalidateCache" => block_on(client.invalidate_cache(fd)),
+            "ResizeFile" => block_on(client.extend(fd, offset)),
+            other => panic!("{other}"),
+        };
+        assert_eq!(result, if ok { Ok(()) } else { Err(Error::Refused) }, "{request:?}");
+        *(if ok { &mut good } else { &mut refused }) += 1;
+        let seen = fake.seen();
+        let ours = seen.iter().rfind(|seen| seen.method != "KeepAlive").unwrap();
+        assert_eq!((&ours.service, &ours.method), (&request.service, &request.method));
+        assert_eq!((&ours.message, &ours.attachment), (&request.message, &request.attachment));
     }
-    let block = block_on(client.read(fd, 0xe000, 4096)).unwrap();
-    assert_eq!(block[..4], [0x0e, 0, 0, 0]);
-    // And a refusal, as recorded.
-    let missing = fake::capture("nebd-open-missing-s2c.bin");
-    let message = missing[12 + 12..].to_vec();
-    let fake = Fake::start(move |_, _| Act::Message(message.clone()));
-    let client = self::client(&fake);
-    assert_eq!(block_on(client.open(NAME, None)), Err(Error::Refused));
-    drop(block_on(client.open(NAME, None)));
-    assert_eq!(std::fs::read_dir(fake.folder.path().join("lock")).unwrap().count(), 0, "no lock is left");
+    (good, refused)
+}
+
+#[test]
+fn recorded_connections_replay() {
+    assert_eq!(replay("open-missing"), (0, 1));
+    assert_eq!(replay("heartbeat"), (10, 0));
+    let (good, refused) = replay("verify");
+    assert!(good > 50 && refused > 3, "{good} {refused}");
 }
 
 #[test]

@@ -234,6 +234,35 @@ pub(crate) fn requests(mut bytes: &[u8]) -> Vec<Seen> {
     all
 }
 
+/// An answer as it was recorded.
+#[derive(Clone, Debug)]
+pub(crate) struct Response {
+    pub(crate) id: u64,
+    pub(crate) message: Vec<u8>,
+    pub(crate) attachment: Vec<u8>,
+}
+
+/// Cuts a stream of responses.
+pub(crate) fn responses(mut bytes: &[u8]) -> Vec<Response> {
+    let mut all = Vec::new();
+    while !bytes.is_empty() {
+        let size = |at: usize| u32::from_be_bytes(bytes[at..at + 4].try_into().unwrap()) as usize;
+        let (frame, rest) = bytes.split_at(12 + size(4));
+        let (meta, body) = frame[12..].split_at(size(8));
+        let number = |field| {
+            fields(meta).into_iter().find_map(|(number, value)| match value {
+                Value::Number(value) if number == field => Some(value),
+                _ => None,
+            })
+        };
+        let (message, attachment) = body.split_at(body.len() - number(5).unwrap_or(0) as usize);
+        let id = number(4).unwrap();
+        all.push(Response { id, message: message.to_vec(), attachment: attachment.to_vec() });
+        bytes = rest;
+    }
+    all
+}
+
 fn serve(inner: &Arc<Inner>, mut stream: UnixStream, number: usize) -> Option<()> {
     let out = Arc::new(Mutex::new(stream.try_clone().ok()?));
     loop {
