@@ -5,7 +5,7 @@
 //! 1 which chunks?   index u64, from u64
 //! 2 these           index u64, from u64, more u8, count u16, count x { chunk, created, applied, sn, corrected sn: u64 }
 //! 3 a piece?        index u64, chunk u64, offset u32, len u32
-//! 4 that piece      chunk u64, offset u32, len u32, exists u8, created, applied, sn, corrected sn: u64,
+//! 4 that piece      index u64 (applied by the sender, at least), chunk u64, offset u32, len u32, exists u8, created, applied, sn, corrected sn: u64,
 //!                   blocks u16, blocks x crc u32 (0 and a block of zeros in the payload: nothing is there)
 //! 5 how far are you? last u64 (own last index; the asker's log has lost records)
 //! 6 so far           term u64, last u64
@@ -31,8 +31,8 @@ pub(super) enum Bulk {
     List { index: u64, from: u64, more: bool, chunks: Vec<ChunkInfo> },
     /// What is in this part of a chunk?
     AskPiece { index: u64, chunk: u64, offset: u32, len: u32 },
-    /// This. `info` is `None` when there is no such chunk (any more).
-    Piece { chunk: u64, offset: u32, len: u32, info: Option<ChunkInfo>, crcs: Vec<u32> },
+    /// This, as of an index not below `index`. `info` is `None` when there is no such chunk (any more).
+    Piece { index: u64, chunk: u64, offset: u32, len: u32, info: Option<ChunkInfo>, crcs: Vec<u32> },
     /// How far are you? The asker's log has lost records and ends at `last`.
     AskState { last: u64 },
     /// So far.
@@ -73,8 +73,9 @@ impl Bulk {
                 out.put_u32_le(*offset);
                 out.put_u32_le(*len);
             }
-            Self::Piece { chunk, offset, len, info, crcs } => {
+            Self::Piece { index, chunk, offset, len, info, crcs } => {
                 out.put_u8(4);
+                out.put_u64_le(*index);
                 out.put_u64_le(*chunk);
                 out.put_u32_le(*offset);
                 out.put_u32_le(*len);
@@ -117,11 +118,11 @@ impl Bulk {
             }
             3 => Self::AskPiece { index: r.u64()?, chunk: r.u64()?, offset: r.u32()?, len: r.u32()? },
             4 => {
-                let (chunk, offset, len, exists) = (r.u64()?, r.u32()?, r.u32()?, r.flag()?);
+                let (index, chunk, offset, len, exists) = (r.u64()?, r.u64()?, r.u32()?, r.u32()?, r.flag()?);
                 let info = r.info(chunk)?;
                 let count = usize::from(r.u16()?);
                 let crcs = (0..count).map(|_| r.u32()).collect::<Result<_, _>>()?;
-                Self::Piece { chunk, offset, len, info: exists.then_some(info), crcs }
+                Self::Piece { index, chunk, offset, len, info: exists.then_some(info), crcs }
             }
             5 => Self::AskState { last: r.u64()? },
             6 => Self::State { term: r.u64()?, last: r.u64()? },
@@ -190,8 +191,8 @@ mod tests {
             Bulk::AskList { index: 7, from: 0 },
             Bulk::List { index: 7, from: 9, more: true, chunks: vec![info(9), info(11)] },
             Bulk::AskPiece { index: 7, chunk: 9, offset: 4096, len: 8192 },
-            Bulk::Piece { chunk: 9, offset: 0, len: 4096, info: None, crcs: vec![] },
-            Bulk::Piece { chunk: 9, offset: 0, len: 8192, info: Some(info(9)), crcs: vec![1, 0] },
+            Bulk::Piece { index: 7, chunk: 9, offset: 0, len: 4096, info: None, crcs: vec![] },
+            Bulk::Piece { index: 7, chunk: 9, offset: 0, len: 8192, info: Some(info(9)), crcs: vec![1, 0] },
             Bulk::AskState { last: 8 },
             Bulk::State { term: 3, last: 8 },
         ];

@@ -231,11 +231,13 @@ impl Shard {
     }
 
     pub(super) fn piece(&mut self, id: CopysetId, from: u64, piece: Bulk, payload: &Bytes, out: &mut Effects) {
-        let Bulk::Piece { chunk, offset, len, info, crcs } = piece else { return };
+        let Bulk::Piece { index: at_least, chunk, offset, len, info, crcs } = piece else { return };
         if self.mends_from((id, chunk), from) && (info.is_none() || matches(len, &crcs, payload)) {
-            return self.mend_piece((id, chunk), (offset, len), info, &crcs, payload, out);
+            return self.mend_piece((id, chunk), (offset, len), at_least, info, &crcs, payload, out);
         }
-        let Some(install) = self.installs.0.get_mut(&id).filter(|install| install.from == from) else { return };
+        // A late answer to a question about an older offer may hold what the newer one has overwritten.
+        let wanted = |install: &&mut Install| install.from == from && at_least >= install.index;
+        let Some(install) = self.installs.0.get_mut(&id).filter(wanted) else { return };
         let asked = |asked: &Asked| (asked.chunk, asked.offset, asked.len) == (chunk, offset, len);
         let Some(at) = install.asked.iter().position(asked) else { return };
         if info.is_some() && !matches(len, &crcs, payload) {

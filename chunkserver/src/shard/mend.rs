@@ -34,6 +34,10 @@ const ROUNDS: usize = 3;
 /// A read is mended in vain at most this often, and from so many times on by taking in its whole chunk.
 const MENDS_MAX: u8 = 6;
 const WHOLE_FROM: u8 = 4;
+/// What nobody has is asked for again after [`LOOK_MS`], then after twice as long, and so on up to this power of two.
+const BACKOFF_MAX: u32 = 7;
+/// No log index has this bit: a block on its way to its slot must not be taken for one that was taken in meanwhile.
+const VERSIONS: u64 = 1 << 63;
 /// Those who wait for one chunk; others are refused.
 const WAITING_MAX: usize = 1024;
 
@@ -57,6 +61,8 @@ struct Mend {
     peer: u64,
     tries: usize,
     due: Instant,
+    /// What blocks taken in are told apart by; of each attempt its own.
+    version: u64,
     reads: Vec<Job>,
     requests: Vec<Request>,
 }
@@ -67,6 +73,9 @@ pub(super) struct Mends {
     jobs: BTreeMap<(CopysetId, u64), Mend>,
     /// There may be chunks in doubt: look at this time. `None`: there are none.
     look: Option<Instant>,
+    /// Chunks that nobody could supply: when they are asked for again, and how often that was in vain.
+    failed: BTreeMap<(CopysetId, u64), (Instant, u32)>,
+    attempts: u64,
 }
 
 impl Mends {
@@ -103,7 +112,7 @@ impl Shard {
         }
         job.mends += 1;
         let whole = job.mends >= WHOLE_FROM || self.store.is_doubtful(id, chunk);
-        if whole && !self.may_take_in(id) {
+        if whole && !self.may_take_in((id, chunk)) {
             return Err(Box::new(job));
         }
         if whole && self.store.chunk_info(id, chunk).is_some() {
@@ -122,7 +131,7 @@ impl Shard {
     /// An operation on a chunk in doubt waits until that is over; given back if it will not be.
     pub(super) fn mend_request(&mut self, request: Request, chunk: u64) -> Option<Request> {
         let id = request.copyset;
-        if !self.has_peers(id) || !self.may_take_in(id) {
+        if !self.has_peers(id) || !self.may_take_in((id, chunk)) {
             return Some(request);
         }
         let size = self.layout.chunk_size;
@@ -134,9 +143,10 @@ impl Shard {
         None
     }
 
-    /// A chunk may be taken in: no raft snapshot is.
-    fn may_take_in(&self, id: CopysetId) -> bool {
-        !self.installs(id)
+    /// A chunk may be taken in: no raft snapshot is, and it is not one that nobody had a moment ago. (While it is asked
+    /// for, nothing of its copyset is applied.)
+    fn may_take_in(&self, key: (CopysetId, u64)) -> bool {
+        !self.installs(key.0) && self.mends.failed.get(&key).is_none_or(|(at, _)| *at <= self.now)
     }
 
     /// There may be chunks in doubt.
@@ -174,9 +184,8 @@ impl Shard {
             let led = self.groups.get(&id).is_some_and(|group| group.raft.leader() != 0);
             if led
                 && self.has_peers(id)
-                && self.may_take_in(id)
                 && !self.mends.holds(id)
-                && let Some(&chunk) = self.store.doubts(id).first()
+                && let Some(chunk) = self.store.doubts(id).into_iter().find(|&chunk| self.may_take_in((id, chunk)))
             {
                 let size = self.layout.chunk_size;
                 self.mends.jobs.entry((id, chunk)).or_insert_with(|| Mend::whole(size));
@@ -200,6 +209,8 @@ impl Shard {
         }
         mend.peer = others.get(mend.tries % others.len()).copied().unwrap_or(0);
         mend.tries += 1;
+        self.mends.attempts += 1;
+        mend.version = VERSIONS | self.mends.attempts;
         mend.due = self.now.after_ms(PATIENCE_MS);
         let asks: Vec<(u32, u32)> = match &mut mend.what {
             What::Block { offset } => vec![(*offset, BLOCK as u32)],
@@ -217,16 +228,19 @@ impl Shard {
     }
 
     /// A piece of a chunk that is being mended, whose checksums hold.
+    #[allow(clippy::too_many_arguments)]
     pub(super) fn mend_piece(
         &mut self,
         key: (CopysetId, u64),
         (offset, len): (u32, u32),
+        index: u64,
         info: Option<ChunkInfo>,
         crcs: &[u32],
         payload: &Bytes,
         out: &mut Effects,
     ) {
         let (id, chunk) = key;
+        let applied = self.groups.get(&id).map_or(u64::MAX, |group| group.applied);
         let Some(mend) = self.mends.jobs.get_mut(&key) else { return };
         match &mut mend.what {
             What::Block { offset: at } if (*at, BLOCK as u32) == (offset, len) => {
@@ -240,6 +254,9 @@ impl Shard {
             }
             What::Block { .. } => {}
             What::Whole { todo, asked, info: first } => {
+                if index < applied {
+                    return; // a late answer to what was asked when less was applied here
+                }
                 let Some(at) = asked.iter().position(|&piece| piece == (offset, len)) else { return };
                 let Some(info) = info else {
                     // Deleted at or behind the own index: so will it be here.
@@ -256,13 +273,13 @@ impl Shard {
                 asked.extend(next);
                 let over = asked.is_empty();
                 mend.due = self.now.after_ms(PATIENCE_MS);
-                let (to, index) = (mend.peer, self.groups.get(&id).map_or(0, |group| group.applied));
+                let (to, version) = (mend.peer, mend.version);
                 if begins && !self.take_in_begin(id, chunk, info.created) {
                     return self.end_mend(key, false, out);
                 }
-                self.take_in(id, chunk, index, offset, crcs, payload);
+                self.take_in(id, chunk, version, offset, crcs, payload);
                 if let Some((offset, len)) = next {
-                    self.send_bulk(id, to, &Bulk::AskPiece { index, chunk, offset, len }, Bytes::new(), out);
+                    self.send_bulk(id, to, &Bulk::AskPiece { index: applied, chunk, offset, len }, Bytes::new(), out);
                 } else if over {
                     self.store.install_end(id, &first, self.now.0);
                     self.metrics.add(Counter::MendedChunks, 1);
@@ -290,6 +307,12 @@ impl Shard {
     /// It is over, well or not: those who wait try again, or are told.
     fn end_mend(&mut self, key: (CopysetId, u64), well: bool, out: &mut Effects) {
         let Some(mend) = self.mends.jobs.remove(&key) else { return };
+        if well {
+            self.mends.failed.remove(&key);
+        } else if matches!(mend.what, What::Whole { .. }) {
+            let failed = self.mends.failed.entry(key).or_insert((self.now, 0));
+            *failed = (self.now.after_ms(LOOK_MS << failed.1.min(BACKOFF_MAX)), failed.1 + 1);
+        }
         if let Some(group) = self.groups.get_mut(&key.0).filter(|g| !g.queue.is_empty() && !g.applying) {
             group.applying = true;
             self.applying.push(key.0);
@@ -312,6 +335,7 @@ impl Shard {
 
     /// A copyset, or all, will not be mended any more.
     pub(super) fn stop_mends(&mut self, id: Option<CopysetId>, outcome: Outcome, out: &mut Effects) {
+        self.mends.failed.retain(|key, _| id.is_some_and(|id| key.0 != id));
         for (_, mend) in self.mends.jobs.extract_if(.., |key, _| id.is_none_or(|id| key.0 == id)) {
             for origin in mend.reads.iter().map(|job| job.origin).chain(mend.requests.iter().map(|r| r.origin)) {
                 reply(out, origin, outcome);
@@ -322,7 +346,7 @@ impl Shard {
 
 impl Mend {
     fn new(what: What) -> Self {
-        Self { what, peer: 0, tries: 0, due: Instant(0), reads: Vec::new(), requests: Vec::new() }
+        Self { what, peer: 0, tries: 0, due: Instant(0), version: 0, reads: Vec::new(), requests: Vec::new() }
     }
 
     fn whole(chunk_size: u32) -> Self {

@@ -24,7 +24,9 @@ struct Piece {
     chunk: u64,
     offset: u32,
     len: u32,
-    /// From before the data is read: what is read later may be newer than it says, never older.
+    /// Applied here when it was asked for, and what the chunk was: both from before the data is read, which may be newer
+    /// than they say, never older.
+    at: u64,
     info: Option<ChunkInfo>,
 }
 
@@ -63,8 +65,8 @@ impl Shard {
             return;
         }
         self.progressed(id, to);
-        let info = self.store.chunk_info(id, chunk);
-        let slot = self.supply.0.insert(Piece { copyset: id, to, chunk, offset, len, info }) as u32;
+        let (at, info) = (self.groups.get(&id).map_or(0, |group| group.applied), self.store.chunk_info(id, chunk));
+        let slot = self.supply.0.insert(Piece { copyset: id, to, chunk, offset, len, at, info }) as u32;
         self.read(Origin { shard: PEERS, slot, serial: 0 }, id, chunk, offset, len, out);
         self.supply_step(out);
     }
@@ -87,11 +89,11 @@ impl Shard {
 
     fn piece_read(&mut self, reply: Reply, out: &mut Effects) {
         let Some(piece) = self.supply.0.try_remove(reply.origin.slot as usize) else { return };
-        let Piece { copyset: id, to, chunk, offset, len, info } = piece;
+        let Piece { copyset: id, to, chunk, offset, len, at: index, info } = piece;
         let parts = match (reply.outcome, reply.data) {
             (Outcome::Success, ReplyData::Data(parts)) if info.is_some() => parts,
             (Outcome::Success | Outcome::NoChunk, _) => {
-                let gone = Bulk::Piece { chunk, offset, len, info: None, crcs: Vec::new() };
+                let gone = Bulk::Piece { index, chunk, offset, len, info: None, crcs: Vec::new() };
                 return self.send_bulk(id, to, &gone, Bytes::new(), out);
             }
             _ => return, // rot, a device error: the peer asks again, here or elsewhere
@@ -109,7 +111,7 @@ impl Shard {
         let is_hole = |block: &[u8]| ZEROS.get(..BLOCK) == Some(block);
         let crcs: Vec<u32> = buf.chunks(BLOCK).map(|block| if is_hole(block) { 0 } else { crc32c(block) }).collect();
         let payload = if crcs.iter().all(|&crc| crc == 0) { Bytes::new() } else { buf.freeze() };
-        self.send_bulk(id, to, &Bulk::Piece { chunk, offset, len, info, crcs }, payload, out);
+        self.send_bulk(id, to, &Bulk::Piece { index, chunk, offset, len, info, crcs }, payload, out);
     }
 
     pub(super) fn send_bulk(&self, id: CopysetId, to: u64, bulk: &Bulk, payload: Bytes, out: &mut Effects) {

@@ -11,6 +11,7 @@ use chunkserver::io::buffer::{Arena, BLOCK};
 use chunkserver::io::{Address, Io, ListenerId};
 use chunkserver::mailbox::mesh;
 use chunkserver::metrics::process::ProcessStats;
+use chunkserver::metrics::{Counter, ShardMetrics};
 use chunkserver::reactor::{Protocol, Reactor, Setup};
 use chunkserver::service::{Info, Shared};
 use chunkserver::shard::request::CopysetStatus;
@@ -115,6 +116,7 @@ impl System for ServerSystem {
             let arenas =
                 Arenas { payload: Arc::clone(&payload[n]), work: Arc::clone(&work[n]), all_payload: payload.clone() };
             let metrics = Arc::clone(shared.registry().shard(n).expect("as many as shards"));
+            let counts = Arc::clone(&metrics);
             let shard = Shard::new(config, layout.clone(), arenas.clone(), Arc::clone(&extents), metrics, io.now());
             let shard = shard.expect("the sizes above suit a shard");
             let setup = Setup {
@@ -130,13 +132,13 @@ impl System for ServerSystem {
                 disk: layout.uuid,
                 seed: u64::from(number),
             };
-            programs.push(Box::new(Server(Reactor::new(io, number, shard, setup))));
+            programs.push(Box::new(Server(Reactor::new(io, number, shard, setup), counts)));
         }
         programs
     }
 }
 
-struct Server(Reactor<SimIo>);
+struct Server(Reactor<SimIo>, Arc<ShardMetrics>);
 
 impl Server {
     fn shard(&self) -> &Shard {
@@ -151,6 +153,9 @@ impl Program for Server {
     }
     fn led(&self, see: &mut dyn FnMut(u64, u64, Option<u64>)) {
         self.shard().led().for_each(|(id, term, epoch)| see(id.0, term, epoch));
+    }
+    fn count(&self, counter: Counter) -> u64 {
+        self.1.value(counter)
     }
     fn status(&self) -> String {
         let s = self.shard().status();

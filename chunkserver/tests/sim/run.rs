@@ -2,6 +2,7 @@
 
 use crate::disk::Disk;
 use crate::world::{ActorEvent, Command, Next, Shared, World};
+use chunkserver::metrics::Counter;
 use chunkserver::shard::request::CopysetStatus;
 use std::cell::RefCell;
 use std::collections::BTreeMap;
@@ -13,6 +14,10 @@ pub(crate) trait Program {
     fn turn(&mut self) -> Option<String>;
     /// The copysets it leads: id, term, and the configuration's epoch once it may answer.
     fn led(&self, _see: &mut dyn FnMut(u64, u64, Option<u64>)) {}
+    /// What it has counted.
+    fn count(&self, _counter: Counter) -> u64 {
+        0
+    }
     /// What it says of itself.
     fn status(&self) -> String {
         String::new()
@@ -162,6 +167,11 @@ impl Sim {
     /// Terms of copysets that had a leader.
     pub(crate) fn elections(&self) -> usize {
         self.leaders.len()
+    }
+
+    /// What a node's shards have counted.
+    pub(crate) fn count(&self, node: usize, counter: Counter) -> u64 {
+        self.programs[node].iter().map(|program| program.count(counter)).sum()
     }
 
     /// What a node's shards say of themselves.

@@ -49,7 +49,7 @@ fn mail_of_strangers_and_of_the_past_changes_nothing() {
     let stranger = CopysetId::new(9, 9);
     let piece = |len: u32| {
         let info = Some(crate::chunk::ChunkInfo { chunk: 1, created: 3, applied: 9, sn: 1, corrected_sn: 0 });
-        Bulk::Piece { chunk: 1, offset: 0, len, info, crcs: vec![1; len as usize / BLOCK] }.encode()
+        Bulk::Piece { index: 99, chunk: 1, offset: 0, len, info, crcs: vec![1; len as usize / BLOCK] }.encode()
     };
     let bulk = |head: Bytes, payload: usize| PeerBody::Bulk { head, payload: Bytes::from(vec![1; payload]) };
     let body = |message: Message| PeerBody::Raft(Box::new(message));

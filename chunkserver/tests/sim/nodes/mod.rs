@@ -7,6 +7,7 @@
 
 mod audit;
 mod client;
+mod idle;
 mod nemesis;
 mod operator;
 
