@@ -104,17 +104,22 @@ class Three:
             return sum(counters(name) for counters in all for name in names), cluster.writes()
 
         command = [self.bench, "rpc", "--peers", ",".join(cluster.peers()), "--copysets", f"2:{SETS}", "--chunks", "1",
-                   "--depth", "1", "--seconds", "3", "--warmup", "0"]
+                   "--depth", "1", "--seconds", "5", "--warmup", "0"]
         start = cluster.writes()
         load = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         while cluster.writes() < start + 100 and load.poll() is None:
             time.sleep(0.01)
-        first = device()
-        time.sleep(1)
-        last = device()
-        if load.wait() != 0 or last[1] - first[1] < 50:
+        # The least of some windows: a round of write-back in one of them is not waited for.
+        windows = []
+        while load.poll() is None and len(windows) < 3:
+            first = device()
+            time.sleep(1)
+            last = device()
+            if last[1] - first[1] >= 50:
+                windows.append((last[0] - first[0]) / (last[1] - first[1]) / 3)
+        if load.wait() != 0 or not windows:
             raise nodes.Trouble("the load for counting device writes did not run")
-        self.note("three_writes_waited_for", round((last[0] - first[0]) / (last[1] - first[1]) / 3, 1))
+        self.note("three_writes_waited_for", round(min(windows), 1))
         cluster.drain()
 
     def catch_up(self):

@@ -22,6 +22,9 @@ pub struct Config {
     /// Address of the RPC port: ChunkService, CopysetService, CliService2 and the HTTP pages. Its IP and port are also
     /// the peer id (`ip:port:0`), so the IP must be the one that clients and peers use.
     pub listen: SocketAddr,
+    /// Identity of the cluster, a UUID. Servers that name different ones do not talk to each other; one that names none
+    /// talks to all.
+    pub cluster: Option<String>,
     /// Unix socket of the commands (`chunkserver volume …`, `copyset …`, `status`). Default: `ctl.sock` beside `data`, or in the
     /// current folder.
     pub ctl_socket: Option<PathBuf>,
@@ -109,6 +112,7 @@ impl Default for Config {
         Self {
             data: None,
             listen: SocketAddr::from(([127, 0, 0, 1], 8200)),
+            cluster: None,
             ctl_socket: None,
             catalog: None,
             nbd_socket: None,
@@ -195,6 +199,9 @@ impl Config {
         if self.data.is_none() && self.nbd_socket.is_none() && self.nbd_listen.is_none() {
             return bad("data", "give a disk, or nbd_socket or nbd_listen to export volumes of other servers");
         }
+        if self.cluster.as_ref().is_some_and(|text| uuid(text).is_none()) {
+            return bad("cluster", "must be a UUID other than all zeros, 32 hexadecimal digits with or without dashes");
+        }
         if self.export_shards > 256 {
             return bad("export_shards", "at most 256");
         }
@@ -226,6 +233,12 @@ impl Config {
         Ok(())
     }
 
+    /// Identity of the cluster; zeros: none.
+    #[must_use]
+    pub fn cluster_id(&self) -> [u8; 16] {
+        self.cluster.as_deref().and_then(uuid).unwrap_or_default()
+    }
+
     /// Where the commands connect to.
     #[must_use]
     pub fn ctl_socket(&self) -> PathBuf {
@@ -237,6 +250,15 @@ impl Config {
     pub fn catalog(&self) -> PathBuf {
         self.catalog.clone().unwrap_or_else(|| beside(self.data.as_deref(), "volumes.json"))
     }
+}
+
+fn uuid(text: &str) -> Option<[u8; 16]> {
+    let digits: String = text.chars().filter(|&c| c != '-').collect();
+    if !digits.bytes().all(|digit| digit.is_ascii_hexdigit()) {
+        return None;
+    }
+    let number = u128::from_str_radix(&digits, 16).ok().filter(|&number| number != 0)?;
+    (digits.len() == 32).then(|| number.to_be_bytes())
 }
 
 fn beside(path: Option<&Path>, name: &str) -> PathBuf {
@@ -259,6 +281,18 @@ mod tests {
         config.check().unwrap();
         assert_eq!(config.ctl_socket(), Path::new("ctl.sock"));
         assert_eq!(Config { data: Some("a/disk".into()), ..config }.catalog(), Path::new("a/volumes.json"));
+    }
+
+    #[test]
+    fn a_cluster_is_a_uuid() {
+        let of = |text: &str| Config { cluster: Some(text.into()), ..disk() };
+        let good = of("00112233-4455-6677-8899-AABBccddeeff");
+        good.check().unwrap();
+        assert_eq!(good.cluster_id()[..4], [0, 0x11, 0x22, 0x33]);
+        assert_eq!(disk().cluster_id(), [0; 16]);
+        for bad in ["", "cluster", "0011", "+0112233445566778899aabbccddeeff", &"0".repeat(32), &"f".repeat(33)] {
+            assert!(of(bad).check().is_err(), "{bad}");
+        }
     }
 
     #[test]

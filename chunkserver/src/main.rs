@@ -209,6 +209,9 @@ enum CopysetCommand {
         /// Members, `ip:port[:index]` each; all of them are asked, over their RPC ports
         #[arg(long, value_delimiter = ',')]
         peers: Vec<PeerId>,
+        /// Servers that get a replica without members each, to be made one by `add-peer` or `change-peers`
+        #[arg(long, value_delimiter = ',', conflicts_with = "peers")]
+        empty_on: Vec<PeerId>,
     },
     /// List copysets
     List,
@@ -254,10 +257,13 @@ enum CopysetCommand {
         #[command(flatten)]
         on: Remote,
     },
-    /// Destroy this server's replica of one, and its data
+    /// Take this server's or `--node`'s replica of one away, with its data
     Delete {
         /// `POOL:ID`
         copyset: String,
+        /// RPC address of the server to ask; it does not know whether a volume uses the copyset
+        #[arg(long)]
+        node: Option<SocketAddr>,
     },
 }
 
@@ -384,10 +390,13 @@ fn copyset(to: &Target, command: CopysetCommand) -> anyhow::Result<Value> {
     let local = |command: Ctl| Ok(ctl::call(&to.ctl, &command)?);
     let change = |on: &Remote, change| Ok(remote::change(on.node, one(&on.copyset)?, &change)?);
     match command {
-        CopysetCommand::Create { pool, first, count, peers } if peers.is_empty() => {
+        CopysetCommand::Create { pool, first, count, empty_on, .. } if !empty_on.is_empty() => {
+            Ok(remote::create_empty(&empty_on, pool, first, count)?)
+        }
+        CopysetCommand::Create { pool, first, count, peers, .. } if peers.is_empty() => {
             local(Ctl::CopysetCreate { pool, first, count })
         }
-        CopysetCommand::Create { pool, first, count, peers } => Ok(remote::create(&peers, pool, first, count)?),
+        CopysetCommand::Create { pool, first, count, peers, .. } => Ok(remote::create(&peers, pool, first, count)?),
         CopysetCommand::List => local(Ctl::CopysetList),
         CopysetCommand::Status { copyset, node: Some(node) } => Ok(remote::status(node, one(&copyset)?)?),
         CopysetCommand::Status { copyset, node: None } => {
@@ -401,7 +410,8 @@ fn copyset(to: &Target, command: CopysetCommand) -> anyhow::Result<Value> {
             change(&on, remote::Change::Transfer(peer.unwrap_or(PeerId::NONE)))
         }
         CopysetCommand::Snapshot { on } => Ok(remote::snapshot(on.node, one(&on.copyset)?)?),
-        CopysetCommand::Delete { copyset } => {
+        CopysetCommand::Delete { copyset, node: Some(node) } => Ok(remote::delete(node, one(&copyset)?)?),
+        CopysetCommand::Delete { copyset, node: None } => {
             let id = one(&copyset)?;
             local(Ctl::CopysetDelete { pool: id.pool(), copyset: id.copyset() })
         }

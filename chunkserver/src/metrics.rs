@@ -240,6 +240,8 @@ counters! {
     HttpRequests = "http_request_num",
     /// Connections to peers that are up (a gauge).
     PeerLinks = "peer_link_count",
+    /// Peers of which not every connection is up, per shard that calls them (a gauge).
+    PeersDown = "peer_down_count",
     /// Attempts to connect to a peer.
     PeerDials = "peer_dial_num",
     /// Handshakes with peers that failed, on either side.

@@ -66,6 +66,8 @@ pub struct Setup {
     pub chunk_size: u32,
     /// Identity of the disk; a process without one has a number of its own life.
     pub disk: [u8; 16],
+    /// Identity of the cluster; zeros: none is named.
+    pub cluster: [u8; 16],
     /// Drawn at the start: no other life of this process has it.
     pub seed: u64,
 }

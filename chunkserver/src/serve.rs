@@ -264,6 +264,7 @@ impl Parts<'_> {
             shards: self.node.shards,
             chunk_size: self.node.chunk_size,
             disk: self.node.id,
+            cluster: self.config.cluster_id(),
             seed: self.node.seed,
         }
     }

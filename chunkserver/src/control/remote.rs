@@ -23,6 +23,7 @@ const CONNECT_S: u64 = 5;
 const LEADERS_MAX: u32 = 3;
 
 const COPYSET: &str = "curve.chunkserver.CopysetService";
+const REPLICA: &str = "chunkserver.internal.ReplicaService";
 const CLI: &str = "curve.chunkserver.CliService2";
 
 /// Why a command is not done.
@@ -99,9 +100,13 @@ fn names(peers: &[Peer]) -> Vec<&str> {
 /// # Errors
 /// [`RemoteError`]; what was created before stays. A copyset that exists on a node already is no error.
 pub fn create(peers: &[PeerId], pool: u32, first: u32, count: u32) -> Result<Value, RemoteError> {
+    create_on(peers, peers, pool, first, count)
+}
+
+fn create_on(on: &[PeerId], members: &[PeerId], pool: u32, first: u32, count: u32) -> Result<Value, RemoteError> {
     let ids: Vec<u32> = (first..first.saturating_add(count)).collect();
-    let peerid: Vec<String> = peers.iter().map(ToString::to_string).collect();
-    for &peer in peers {
+    let peerid: Vec<String> = members.iter().map(ToString::to_string).collect();
+    for &peer in on {
         for &copyset_id in &ids {
             let ask = wire::CopysetRequest { logic_pool_id: pool, copyset_id, peerid: peerid.clone() };
             let answer: wire::CopysetResponse = call(address(peer), COPYSET, "CreateCopysetNode", &ask)?;
@@ -113,6 +118,28 @@ pub fn create(peers: &[PeerId], pool: u32, first: u32, count: u32) -> Result<Val
     Ok(json!({ "created": ids.iter().map(|id| json!([pool, id])).collect::<Vec<_>>(), "peers": peerid }))
 }
 
+/// Create replicas without members on these nodes: each waits until it is made one.
+///
+/// # Errors
+/// [`RemoteError`]; what was created before stays. A copyset that exists on a node already is no error.
+pub fn create_empty(on: &[PeerId], pool: u32, first: u32, count: u32) -> Result<Value, RemoteError> {
+    create_on(on, &[], pool, first, count)
+}
+
+/// Take a node's replica of a copyset away, with its data.
+///
+/// # Errors
+/// [`RemoteError`].
+pub fn delete(at: SocketAddr, id: CopysetId) -> Result<Value, RemoteError> {
+    let (logic_pool_id, copyset_id) = (id.pool(), id.copyset());
+    let ask = wire::CopysetRequest { logic_pool_id, copyset_id, peerid: Vec::new() };
+    let answer: wire::CopysetResponse = call(at, REPLICA, "Delete", &ask)?;
+    match answer.status() {
+        CopysetOpStatus::Success => Ok(json!({ "deleted": [logic_pool_id, copyset_id], "node": at.to_string() })),
+        status => Err(RemoteError::Status(at, format!("{logic_pool_id}:{copyset_id}: {status:?}"))),
+    }
+}
+
 /// State of a copyset on one node.
 ///
 /// # Errors
@@ -120,7 +147,8 @@ pub fn create(peers: &[PeerId], pool: u32, first: u32, count: u32) -> Result<Val
 pub fn status(at: SocketAddr, id: CopysetId) -> Result<Value, RemoteError> {
     let (logic_pool_id, copyset_id) = (id.pool(), id.copyset());
     let peer = Peer { id: None, address: Some(format!("{at}:0")) };
-    let ask = wire::CopysetStatusRequest { logic_pool_id, copyset_id, peer, query_hash: false };
+    let ask =
+        wire::CopysetStatusRequest { logic_pool_id, copyset_id, peer, query_hash: false, want_members: Some(true) };
     let answer: wire::CopysetStatusResponse = call(at, COPYSET, "GetCopysetStatus", &ask)?;
     if answer.status() != CopysetOpStatus::Success {
         return Err(RemoteError::Status(at, format!("{logic_pool_id}:{copyset_id}: {:?}", answer.status())));
@@ -138,7 +166,7 @@ pub fn status(at: SocketAddr, id: CopysetId) -> Result<Value, RemoteError> {
         "pool": logic_pool_id, "copyset": copyset_id, "state": state, "peer": name(&answer.peer),
         "leader": name(&answer.leader), "term": answer.term(), "committed": answer.committed_index(),
         "applied": answer.known_applied_index(), "first": answer.first_index(), "last": answer.last_index(),
-        "durable": answer.disk_index(), "epoch": answer.epoch(),
+        "durable": answer.disk_index(), "epoch": answer.epoch(), "peers": names(&answer.members), "chunks": answer.chunks,
     }))
 }
 

@@ -4,7 +4,7 @@ use super::ctl::{Answer, Command, LINE_BYTES_MAX};
 use super::local::LocalExecutor;
 use super::nebd;
 use super::shards::{Links, NoAnswer, Shards};
-use crate::shard::request::{AdminOp, ChunkOp, CopysetStatus, Outcome, Reply, ReplyData, RequestOp};
+use crate::shard::request::{AdminOp, ChunkOp, CopysetStatus, Outcome, PeerView, Reply, ReplyData, RequestOp};
 use crate::volume::catalog::{CatalogStore, NewVolume, SHARED_IDS};
 use crate::volume::map::Shape;
 use crate::volume::{Homes, Volume};
@@ -254,10 +254,11 @@ impl Server {
     }
 
     async fn status(&self) -> Result<Value, String> {
-        let (mut shards, mut slots_unclaimed) = (Vec::new(), 0);
+        let (mut shards, mut slots_unclaimed, mut peers) = (Vec::new(), 0, BTreeMap::new());
         for reply in self.shards.ask_all(&AdminOp::ShardStatus).await.map_err(|e| e.to_string())? {
             if let ReplyData::Shard(s) = reply.data {
                 slots_unclaimed = s.slots_unclaimed;
+                s.peers.iter().for_each(|view| add_peer(&mut peers, view));
                 shards.push(json!({
                     "shard": s.shard, "copysets": s.copysets, "leaders": s.leaders, "chunks": s.chunks,
                     "slots_free": s.slots_free, "dirty_bytes": s.dirty_bytes, "log_used_bytes": s.log_used_bytes,
@@ -271,6 +272,12 @@ impl Server {
         let mut status = self.about.clone();
         status["shards"] = shards.into();
         status["slots_unclaimed"] = slots_unclaimed.into();
+        let peer = |(peer, view): (u64, PeerView)| {
+            let peer = PeerId(peer).to_string();
+            let state = if view.up == view.links { "up" } else { "down" };
+            json!({ "peer": peer, "state": state, "up": view.up, "links": view.links, "rtt_us": view.rtt_ns / 1000, "why": view.why })
+        };
+        status["peers"] = peers.into_iter().map(peer).collect();
         status["volumes"] = catalog.volumes().len().into();
         Ok(status)
     }
@@ -315,6 +322,15 @@ async fn delete_chunk(shards: &Shards, copyset: CopysetId, homes: &[u64], chunk:
         }
     }
     Err(format!("deleting chunk {chunk}: its copyset has no leader"))
+}
+
+/// What all shards see of a peer.
+fn add_peer(peers: &mut BTreeMap<u64, PeerView>, view: &PeerView) {
+    let all = peers.entry(view.peer).or_default();
+    all.up += view.up;
+    all.links += view.links;
+    all.rtt_ns = all.rtt_ns.max(view.rtt_ns);
+    all.why = all.why.take().or_else(|| view.why.clone());
 }
 
 /// An id that no other catalog has, as far as chance goes.

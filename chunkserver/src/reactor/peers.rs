@@ -11,9 +11,10 @@ use crate::chunk::shard_of;
 use crate::io::{ConnId, Done, Io, Op};
 use crate::mailbox::Greeted;
 use crate::metrics::Counter;
-use crate::peer::{Identity, Inbound, PeerEvent, inbound, judge};
+use crate::peer::{Identity, Inbound, PeerEvent, PeerState, inbound, judge};
 use crate::rpc::{Greeting, Incoming};
 use crate::service::{self, Context};
+use crate::shard::request::PeerView;
 use proto::peer::{Hello, Lane, Status};
 
 impl<I: Io> Reactor<I> {
@@ -153,10 +154,21 @@ impl<I: Io> Reactor<I> {
         self.publish_peers();
     }
 
+    /// Peers this shard has mail for, as an operator sees them.
+    pub(super) fn peer_views(&self) -> Vec<PeerView> {
+        let view = |state: PeerState| {
+            let PeerState { peer, up, links, end, rtt_ns } = state;
+            PeerView { peer, up: up as u64, links: links as u64, rtt_ns, why: end.map(|end| end.to_string()) }
+        };
+        self.peers.states().map(view).collect()
+    }
+
     fn publish_peers(&mut self) {
         let counts = self.peers.counts();
         let metrics = self.context.metrics();
         if counts != self.peer_counts {
+            let down = self.peers.states().filter(|state| state.up < state.links).count();
+            metrics.set(Counter::PeersDown, down as u64);
             metrics.set(Counter::PeerLinks, counts.up);
             metrics.add(Counter::PeerMailOut, counts.mail - self.peer_counts.mail);
             metrics.add(Counter::PeerMailLost, counts.lost - self.peer_counts.lost);
@@ -190,8 +202,8 @@ impl<I: Io> Reactor<I> {
 
 /// Who this shard is, for its peers.
 pub(super) fn identity(context: &Context, setup: &Setup, shard: u16) -> Identity {
-    let Setup { shards, chunk_size, disk, .. } = *setup;
-    Identity { peer: context.info().peer.0, shard, shards, chunk_size, disk, cluster: [0; 16] }
+    let Setup { shards, chunk_size, disk, cluster, .. } = *setup;
+    Identity { peer: context.info().peer.0, shard, shards, chunk_size, disk, cluster }
 }
 
 /// Stands for whoever sent a greeting that cannot be read.

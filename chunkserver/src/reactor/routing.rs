@@ -177,7 +177,10 @@ impl<I: Io> Reactor<I> {
     }
 
     /// A reply of our shard: to us, another shard or the control thread.
-    pub(super) fn route_reply(&mut self, reply: Reply) {
+    pub(super) fn route_reply(&mut self, mut reply: Reply) {
+        if let ReplyData::Shard(status) = &mut reply.data {
+            status.peers = self.peer_views();
+        }
         match reply.origin.shard {
             shard if shard == self.number => self.own_reply(reply),
             CONTROL => {

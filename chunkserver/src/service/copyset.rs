@@ -20,6 +20,9 @@ use proto::code::errno;
 use proto::common::Peer;
 use raftlog::CopysetId;
 
+/// braft's state of a replica that is out of service.
+const STATE_ERROR: u32 = 5;
+
 /// A call that waits for its shard.
 #[derive(Debug)]
 pub(super) struct Waiting {
@@ -32,8 +35,12 @@ enum Want {
     Create,
     /// Entries still to be created.
     CreateMany(std::vec::IntoIter<Copyset>),
-    DeleteBroken,
-    Status,
+    /// Looks whether it is broken, then deletes it.
+    DeleteBroken(CopysetId),
+    Delete,
+    Status {
+        ours: bool,
+    },
 }
 
 pub(super) fn dispatch(ctx: &Context, now: Instant, ticket: Ticket, method: Method, body: Bytes) -> Handled {
@@ -41,10 +48,15 @@ pub(super) fn dispatch(ctx: &Context, now: Instant, ticket: Ticket, method: Meth
         Method::Create => with(ctx, now, ticket, body, |t, m| create(ctx, now, t, &m)),
         Method::CreateMany => with(ctx, now, ticket, body, |t, m| create_many(ctx, now, t, m)),
         Method::DeleteBroken => with(ctx, now, ticket, body, |t, m: CopysetRequest| {
-            ask(t, Want::DeleteBroken, CopysetId::new(m.logic_pool_id, m.copyset_id), AdminOp::CopysetStatus)
+            let copyset = CopysetId::new(m.logic_pool_id, m.copyset_id);
+            ask(t, Want::DeleteBroken(copyset), copyset, AdminOp::CopysetStatus)
+        }),
+        Method::Delete => with(ctx, now, ticket, body, |t, m: CopysetRequest| {
+            ask(t, Want::Delete, CopysetId::new(m.logic_pool_id, m.copyset_id), AdminOp::DeleteCopyset)
         }),
         Method::Status => with(ctx, now, ticket, body, |t, m: CopysetStatusRequest| {
-            ask(t, Want::Status, CopysetId::new(m.logic_pool_id, m.copyset_id), AdminOp::CopysetStatus)
+            let want = Want::Status { ours: m.want_members() };
+            ask(t, want, CopysetId::new(m.logic_pool_id, m.copyset_id), AdminOp::CopysetStatus)
         }),
         Method::ServerStatus => with(ctx, now, ticket, body, |t, _: ChunkServerStatusRequest| {
             t.reply(ctx, now, &ChunkServerStatusResponse { copyset_load_fin: ctx.is_loaded() })
@@ -125,20 +137,30 @@ pub(super) fn resume(ctx: &Context, now: Instant, waiting: Waiting, reply: Reply
             Status::Success => create_next(ctx, now, ticket, rest),
             status => answer_many(ctx, now, ticket, status),
         },
-        // A copyset that is here is loaded; what could not be loaded has no shard that knows it.
-        Want::DeleteBroken => match reply.outcome {
-            Outcome::Success => answer_one(ctx, now, ticket, Status::CopysetIsHealthy),
+        Want::DeleteBroken(copyset) => match (reply.outcome, &reply.data) {
+            (Outcome::Success, ReplyData::Copysets(list)) if list.iter().any(|c| c.state == STATE_ERROR) => {
+                ask(ticket, Want::Delete, copyset, AdminOp::DeleteCopyset)
+            }
+            (Outcome::Success, _) => answer_one(ctx, now, ticket, Status::CopysetIsHealthy),
             _ => answer_one(ctx, now, ticket, Status::FailureUnknown),
         },
-        Want::Status => ticket.reply(ctx, now, &status_response(reply)),
+        Want::Delete => {
+            let status = match reply.outcome {
+                Outcome::Success => Status::Success,
+                Outcome::NoCopyset => Status::CopysetNotexist,
+                _ => Status::FailureUnknown,
+            };
+            answer_one(ctx, now, ticket, status)
+        }
+        Want::Status { ours } => ticket.reply(ctx, now, &status_response(reply, ours)),
     }
 }
 
-fn status_response(reply: Reply) -> CopysetStatusResponse {
+fn status_response(reply: Reply, ours: bool) -> CopysetStatusResponse {
     let only = |status: Status| CopysetStatusResponse { status: status.into(), ..CopysetStatusResponse::default() };
     match (reply.outcome, reply.data) {
         (Outcome::Success, ReplyData::Copysets(list)) => match list.first() {
-            Some(copyset) => full(copyset),
+            Some(copyset) => full(copyset, ours),
             None => only(Status::FailureUnknown),
         },
         (Outcome::NoCopyset, _) => only(Status::CopysetNotexist),
@@ -146,7 +168,7 @@ fn status_response(reply: Reply) -> CopysetStatusResponse {
     }
 }
 
-fn full(copyset: &CopysetStatus) -> CopysetStatusResponse {
+fn full(copyset: &CopysetStatus, ours: bool) -> CopysetStatusResponse {
     let peer = |id: u64| Some(Peer { id: None, address: Some(PeerId(id).to_string()) });
     let index = |value: u64| Some(i64::try_from(value).unwrap_or(i64::MAX));
     CopysetStatusResponse {
@@ -166,5 +188,7 @@ fn full(copyset: &CopysetStatus) -> CopysetStatusResponse {
         disk_index: index(copyset.durable),
         epoch: Some(copyset.epoch),
         hash: None,
+        members: copyset.peers.iter().filter(|_| ours).filter_map(|&id| peer(id)).collect(),
+        chunks: ours.then_some(copyset.chunks),
     }
 }

@@ -34,12 +34,13 @@ pub(super) enum Chunk {
     UpdateEpoch,
 }
 
-/// CopysetService, ChunkServerService, ScanService.
+/// CopysetService, ChunkServerService, ScanService and the private ReplicaService.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Copyset {
     Create,
     CreateMany,
     DeleteBroken,
+    Delete,
     Status,
     ServerStatus,
     FollowScanMap,
@@ -77,6 +78,7 @@ const CHUNK: &str = "curve.chunkserver.ChunkService";
 const ZERO: &str = "chunkserver.internal.ZeroService";
 const COPYSET: &str = "curve.chunkserver.CopysetService";
 const SERVER: &str = "curve.chunkserver.ChunkServerService";
+const REPLICA: &str = "chunkserver.internal.ReplicaService";
 const SCAN: &str = "curve.chunkserver.ScanService";
 const CLI2: &str = "curve.chunkserver.CliService2";
 const CLI1: &str = "curve.chunkserver.CliService";
@@ -113,6 +115,9 @@ offered! {
         "CreateCopysetNode2" => Method::Copyset(Copyset::CreateMany),
         "DeleteBrokenCopyset" => Method::Copyset(Copyset::DeleteBroken),
         "GetCopysetStatus" => Method::Copyset(Copyset::Status),
+    }
+    REPLICA {
+        "Delete" => Method::Copyset(Copyset::Delete),
     }
     SERVER {
         "ChunkServerStatus" => Method::Copyset(Copyset::ServerStatus),

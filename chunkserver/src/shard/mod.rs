@@ -592,6 +592,7 @@ impl Shard {
             log_bytes: log.capacity_bytes(),
             buffers_free_bytes: self.arenas.payload.free_bytes() as u64,
             failed: self.failure().map(ToString::to_string),
+            peers: Vec::new(),
         }
     }
 

@@ -212,6 +212,21 @@ pub struct CopysetStatus {
     pub chunks: u64,
 }
 
+/// Another server that a shard has mail for.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct PeerView {
+    /// Who.
+    pub peer: u64,
+    /// Connections to its shards that are up.
+    pub up: u64,
+    /// Connections there should be.
+    pub links: u64,
+    /// Round trip of the connection for votes and heartbeats, nanoseconds; 0 if not known.
+    pub rtt_ns: u64,
+    /// Why one of them is not up.
+    pub why: Option<String>,
+}
+
 /// What only the shard knows of itself.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct ShardStatus {
@@ -237,6 +252,8 @@ pub struct ShardStatus {
     pub buffers_free_bytes: u64,
     /// Set when the disk is out of service.
     pub failed: Option<String>,
+    /// Its peers; the reactor knows them.
+    pub peers: Vec<PeerView>,
 }
 
 /// What a reply carries besides its outcome.

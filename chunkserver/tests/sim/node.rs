@@ -130,6 +130,7 @@ impl System for ServerSystem {
                 shards: layout.shards,
                 chunk_size: layout.chunk_size,
                 disk: layout.uuid,
+                cluster: [0; 16],
                 seed: u64::from(number),
             };
             programs.push(Box::new(Server(Reactor::new(io, number, shard, setup), counts)));

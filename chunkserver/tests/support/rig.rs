@@ -133,6 +133,7 @@ impl Rig {
             shards: layout.shards,
             chunk_size: layout.chunk_size,
             disk: layout.uuid,
+            cluster: [0; 16],
             seed: 7,
         };
         let wire = Rc::<RefCell<Wire>>::default();
