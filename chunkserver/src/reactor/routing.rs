@@ -110,6 +110,8 @@ impl<I: Io> Reactor<I> {
         let incoming = match incoming {
             Incoming::Greeting(greeting) if !nebd => return self.greeted(client, greeting),
             Incoming::Call(call) if nebd => return self.nebd_call(client, call),
+            // ELOGOFF would make part1 wait for the connection's end; that comes by itself.
+            Incoming::Reject(_) if nebd && self.context.is_draining() => return,
             other => other,
         };
         let handled = service::handle(&self.context, self.io.now(), incoming);

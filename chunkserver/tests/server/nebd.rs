@@ -6,4 +6,5 @@ mod failures;
 mod leader;
 mod life;
 mod replay;
+mod restart;
 mod start;

@@ -44,7 +44,9 @@ fn a_leader_without_its_majority() {
         assert!(client.info(fd).is_some() && client.plain("Flush", fd) == OK, "what needs no leader is answered");
         // A client that gives up leaves nothing behind.
         let mut gone = Nebd::connect(&lab);
-        (0..32).for_each(|i| drop(gone.begin("Write", &range(fd, 8192 + i * 4096, 4096), &pattern(i, K))));
+        for i in 0..32 {
+            gone.begin("Write", &range(fd, 8192 + i * 4096, 4096), &pattern(i, K));
+        }
         gone.expect_silence();
         drop(gone);
         std::thread::sleep(Duration::from_millis(1500));
