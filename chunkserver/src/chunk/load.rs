@@ -43,6 +43,9 @@ pub struct Known {
 }
 
 impl Known {
+    /// Of a copyset whose records are lost: it exists, and its chunks are not to be freed.
+    pub const LOST: Self = Self { incarnation: 0, checkpoint: 0, last: 0 };
+
     /// Whether the log will do again what happened at `index`.
     fn replays(&self, index: u64) -> bool {
         self.checkpoint < index && index <= self.last
@@ -406,7 +409,7 @@ fn index_chunk(
     }
     store.chunks.insert(slot, chunk);
     store.copysets.entry(copyset).or_insert(CopysetState { incarnation, chunks: 0 }).chunks += 1;
-    if known(copyset).is_none_or(|k| k.incarnation != incarnation) {
+    if known(copyset).is_none_or(|k| k != Known::LOST && k.incarnation != incarnation) {
         report.orphaned += 1;
         store.bury(slot, None);
         forget_if_empty(store, copyset);

@@ -282,9 +282,10 @@ impl Shard {
 
     fn metadata_loaded(&mut self, loader: Loader, started: Instant) -> Result<(), Failure> {
         let log = Rc::clone(&self.log);
+        let lost = &self.lost;
         let known = |id: CopysetId| {
             let log = log.borrow();
-            let index = log.index(id)?;
+            let Some(index) = log.index(id) else { return lost.contains(&id).then_some(chunk::Known::LOST) };
             let (checkpoint, last) = (index.checkpoint(), index.last_index());
             Some(chunk::Known { incarnation: checkpoint.incarnation, checkpoint: checkpoint.applied_index, last })
         };
@@ -313,6 +314,10 @@ impl Shard {
                 }
             }
         }
+        // Of these the log has lost even the checkpoint: as far as anybody can tell they exist.
+        self.broken.extend(self.lost.iter().copied().filter(|id| !ids.contains(id)));
+        self.broken.sort_unstable();
+        self.broken.dedup();
         self.state = State::Serving;
         self.replay_step();
         Ok(())
