@@ -260,3 +260,58 @@ fn nobody_is_told_that_a_leader_died() {
     println!("{} writes, longest {} ms (patience {PATIENCE:?})", writes.into_inner(), longest.into_inner());
     export.stop();
 }
+
+#[test]
+fn a_replica_comes_and_goes() {
+    let nodes = Nodes::new();
+    let servers: Vec<Server<'_>> = nodes.labs.iter().map(Lab::start).collect();
+    let [a, b, c] = [0, 1, 2].map(|node: usize| nodes.labs[node].peer());
+    let lab = &nodes.labs[0];
+    lab.ask(&["copyset", "create", "--first", "1", "--peers", &format!("{a},{b}")]);
+    let leader = nodes.leader(1, None);
+    assert_eq!(servers[leader].client().write(1, 5, 0, &pattern(1, BLOCK)), SUCCESS);
+    lab.ask(&["copyset", "create", "--first", "1", "--empty-on", &c]);
+    assert_eq!(nodes.status(2, 1).unwrap()["state"], "passive");
+    let at = lab.address.to_string();
+    let changed = lab.ask(&["copyset", "add-peer", "1:1", &c, "--node", &at]);
+    assert_eq!(changed["new"].as_array().unwrap().len(), 3, "{changed}");
+    wait_for("the new member's data", || {
+        let seen = nodes.status(2, 1).unwrap();
+        seen["peers"].as_array().unwrap().len() == 3 && seen["chunks"] == 1
+    });
+    // Whom it has mail for is shown, with the state of the connections.
+    wait_for("its peers in the status", || {
+        let peers = nodes.labs[leader].ask(&["status"])["peers"].clone();
+        let up = |peer: &Value| peer["state"] == "up" && peer["links"].as_u64() > Some(0);
+        peers.as_array().unwrap().len() == 2 && peers.as_array().unwrap().iter().all(up)
+    });
+    lab.ask(&["copyset", "remove-peer", "1:1", &c, "--node", &at]);
+    let there = nodes.labs[2].address.to_string();
+    let deleted = lab.ask(&["copyset", "delete", "1:1", "--node", &there]);
+    assert_eq!(deleted["deleted"], serde_json::json!([1, 1]));
+    assert!(nodes.status(2, 1).is_none(), "its replica is gone");
+    assert!(!lab.cli(&["copyset", "delete", "1:1", "--node", &there]).status.success(), "there is none any more");
+    let leader = nodes.leader(1, None);
+    assert!(servers[leader].client().data(1, 5, 0, BLOCK) == pattern(1, BLOCK));
+}
+
+#[test]
+fn servers_of_two_clusters_do_not_talk() {
+    let of = |digit: &str| {
+        let extra = format!("election_timeout_ms = 300\ncluster = \"{}\"", digit.repeat(32));
+        Lab::new(Setup { extra, ..Setup::default() })
+    };
+    let (one, two) = (of("1"), of("2"));
+    let _servers = [one.start(), two.start()];
+    one.ask(&["copyset", "create", "--first", "1", "--peers", &format!("{},{}", one.peer(), two.peer())]);
+    wait_for("the refusal to be shown", || {
+        let peers = one.ask(&["status"])["peers"].clone();
+        let refused =
+            |peer: &Value| peer["state"] == "down" && peer["why"].as_str().is_some_and(|why| why.contains("cluster"));
+        peers.as_array().unwrap().iter().any(refused)
+    });
+    assert_eq!(one.ask(&["copyset", "status", "1:1"])["leader"], "0.0.0.0:0:0");
+    let page = http(one.address, "/metrics").unwrap();
+    let down = page.lines().find(|line| line.contains("peer_down_count") && !line.starts_with('#'));
+    assert!(down.is_some_and(|line| !line.ends_with(" 0")), "{down:?}");
+}
