@@ -1,6 +1,6 @@
 """Several chunkservers on this machine, for scripts/cluster and scripts/crash: disks, processes, copysets, leaders.
 
-Nodes are numbered from 1; number 0 is the exporter, if there is one: a server without a disk that serves volumes over NBD.
+Nodes are numbered from 1; number 0 is the exporter, if there is one: a server without a disk that serves volumes over NBD and NEBD.
 They listen on ports of 127.0.0.1; with `isolated` (root only) each lives in a network
 namespace of its own behind a bridge, so that it can be cut off from the others and from clients.
 Everything is in one folder: `cluster.json`, and per node a folder with disk, configuration, log and ctl socket.
@@ -120,7 +120,12 @@ class Cluster:
                     f'nbd_listen = "127.0.0.1:{nbd_port}"\nctl_socket = "{self.path(0, "ctl.sock")}"\n'
                     f'catalog = "{self.path(0, "volumes.json")}"\n')
             f.write("".join(line + "\n" for line in settings))
+            f.write(f'[nebd]\nsocket = "{self.nebd_socket()}"\nmetafile = "{self.path(0, "nebd.meta")}"\n')
         self.save()
+
+    def nebd_socket(self):
+        """Where the exporter serves NEBD."""
+        return self.path(0, "nebd.sock")
 
     def uri(self, volume, number=0):
         """A volume as NBD clients name it, over the Unix socket of the exporter or of a node."""
