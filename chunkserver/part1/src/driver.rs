@@ -1,8 +1,9 @@
 //! The thread that owns a client's socket: it connects, receives, keeps time and delivers completions.
 //!
 //! Sending is everybody's: who submits a request from another thread sends it at once, under the lock, if nothing waits
-//! before it; what a callback submits is collected and leaves at the end of the turn. The socket never blocks: what it
-//! does not take is sent by this thread when it does.
+//! before it. Where many are in flight already no one waits for a single one, and a system call each would cost more than
+//! all the rest: then requests are collected, and leave together in this thread's next turn, as does always what its
+//! callbacks submit. The socket never blocks: what it does not take is sent by this thread when it does.
 //!
 //! While callbacks run the driver lies in a thread-local place. A callback that waits for another call of the client
 //! would wait for ever for its own thread; [`hand_over`] gives the driver to a new thread instead, and this one ends when
@@ -42,6 +43,8 @@ const SEND_BUFFER: usize = 4 << 20;
 /// In this time the log gets so many lines about connections.
 const NEWS: Duration = Duration::from_secs(1);
 const NEWS_MAX: u32 = 4;
+/// From so many requests in flight on they are collected.
+const MANY: usize = 4;
 /// The longest sleep.
 const LONG: Duration = Duration::from_secs(3600);
 
@@ -65,6 +68,8 @@ pub(crate) struct Shared {
 struct State {
     exchange: Exchange,
     socket: Option<Arc<OwnedFd>>,
+    /// The thread will look at the requests before it sleeps.
+    awake: bool,
     stopping: bool,
     exited: bool,
 }
@@ -79,7 +84,13 @@ impl Shared {
     pub(crate) fn start(config: Config) -> std::io::Result<Arc<Self>> {
         let address = SocketAddrUnix::new(&config.server_address)?;
         let wake = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
-        let state = State { exchange: Exchange::new(config.clone()), socket: None, stopping: false, exited: false };
+        let state = State {
+            exchange: Exchange::new(config.clone()),
+            socket: None,
+            awake: true,
+            stopping: false,
+            exited: false,
+        };
         let shared =
             Self { config, address, state: Mutex::new(state), files: Mutex::default(), wake, exit: Condvar::new() };
         let shared = Arc::new(shared);
@@ -106,11 +117,15 @@ impl Shared {
         if is_here(self) {
             return;
         }
-        let wake = if state.exchange.is_up() {
-            // Behind others that the socket did not take it is sent with them.
-            !had_output && !state.flush()
-        } else {
+        let wake = if !state.exchange.is_up() {
             !had_parked
+        } else if had_output {
+            // It is sent with those before it.
+            false
+        } else if state.exchange.in_flight() > MANY {
+            !state.awake
+        } else {
+            !state.flush()
         };
         drop(state);
         if wake {
@@ -294,9 +309,12 @@ impl Driver {
         let all_sent = state.flush();
         state.exchange.take_finished(&mut self.finished);
         let deadline = state.exchange.deadline(now).unwrap_or(now + LONG).min(self.next_heartbeat);
+        state.awake = !self.finished.is_empty();
         drop(state);
         let timeout = if self.finished.is_empty() { deadline.saturating_duration_since(now) } else { Duration::ZERO };
-        if self.wait(timeout, !all_sent) {
+        let came = self.wait(timeout, !all_sent);
+        locked(&self.shared.state).awake = true;
+        if came {
             self.receive();
         }
         true

@@ -182,6 +182,11 @@ impl Exchange {
         !self.outgoing.is_empty()
     }
 
+    /// Requests queued or sent.
+    pub(crate) fn in_flight(&self) -> usize {
+        self.on_wire
+    }
+
     /// Requests that wait for a connection.
     pub(crate) fn parked(&self) -> usize {
         self.parked.len()
