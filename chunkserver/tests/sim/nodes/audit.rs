@@ -40,13 +40,16 @@ impl Actor for Sleep {
 /// Node, copyset, chunk.
 type Part = (usize, u64, u64);
 
+/// Status and checksum.
+type Said = (u64, Vec<u8>);
+
 /// Asks for checksums of whole chunks, until each is answered.
 struct Hasher {
     me: usize,
     links: super::client::Links,
     left: BTreeSet<Part>,
     /// Status and checksum.
-    found: Rc<RefCell<BTreeMap<Part, (u64, Vec<u8>)>>>,
+    found: Rc<RefCell<BTreeMap<Part, Said>>>,
 }
 
 impl Hasher {
@@ -187,7 +190,7 @@ impl Run {
         }
         for (copyset, chunk) in chunks {
             let of = |&node: &usize| (node, found.borrow()[&(node, copyset, chunk)].clone());
-            let all: Vec<(usize, (u64, Vec<u8>))> = voters[&copyset].iter().map(of).collect();
+            let all: Vec<(usize, Said)> = voters[&copyset].iter().map(of).collect();
             let healthy: Vec<_> =
                 all.iter().filter(|(node, said)| said.0 == 0 || !self.harmed(*node, copyset, chunk)).collect();
             if healthy.iter().any(|(_, said)| said.0 != 0 || *said != healthy[0].1) {

@@ -329,7 +329,7 @@ impl Actor for Nemesis {
                 }
                 self.after(world, 5_000, 30_000, WATCH);
             }
-            ActorEvent::Timer(timer) if timer >= RESTART && timer < HEAL => {
+            ActorEvent::Timer(timer) if (RESTART..HEAL).contains(&timer) => {
                 self.restart(world, (timer - RESTART) as usize);
             }
             _ if self.finished => {}
