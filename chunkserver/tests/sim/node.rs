@@ -21,7 +21,7 @@ use copyset::PeerId;
 use std::net::Ipv4Addr;
 use std::sync::Arc;
 
-const SHARDS: u16 = 2;
+pub(crate) const SHARDS: u16 = 2;
 const SIZE: u64 = 40 << 20;
 const CHUNK: u32 = 256 << 10;
 const SEGMENT: u64 = 1 << 20;
@@ -154,6 +154,10 @@ impl Program for Server {
     }
     fn led(&self, see: &mut dyn FnMut(u64, u64, Option<u64>)) {
         self.shard().led().for_each(|(id, term, epoch)| see(id.0, term, epoch));
+    }
+    fn full(&self) -> bool {
+        let status = self.0.shard().status();
+        status.slots_free == 0 && status.slots_unclaimed == 0
     }
     fn count(&self, counter: Counter) -> u64 {
         self.1.value(counter)

@@ -3,9 +3,11 @@
 use super::{COPYSETS, Run, peer};
 use crate::client::{CHUNK, POOL};
 use crate::codec;
+use crate::node::SHARDS;
 use crate::run::Actor;
 use crate::world::{ActorEvent, World};
 use bytes::BytesMut;
+use chunkserver::chunk::shard_of;
 use chunkserver::shard::request::CopysetStatus;
 use raftlog::CopysetId;
 use std::cell::RefCell;
@@ -145,8 +147,14 @@ impl Run {
                 let harmed = self.sim.world.borrow().nodes[node].disk.exposed.lost(copyset);
                 harmed && find(node).is_some_and(|s| s.state == OUT_OF_SERVICE && s.peers.is_empty())
             };
+            // So may be a replica on a disk that is full of what replicas left there which are no members any more.
+            let moved = self.nodes > 3;
+            let full = |&node: &usize| {
+                let behind = find(node).is_some_and(|s| s.applied < leader.applied);
+                moved && behind && self.sim.full(node, shard_of(id, SHARDS))
+            };
             let member = |node: &usize| leader.peers.contains(&peer(*node).0);
-            let nodes: Vec<usize> = (0..self.nodes).filter(member).filter(|node| !lost(node)).collect();
+            let nodes: Vec<usize> = (0..self.nodes).filter(member).filter(|node| !lost(node) && !full(node)).collect();
             let same = |&node: &usize| {
                 find(node).is_some_and(|s| {
                     (s.applied, s.last, s.term, s.leader) == (leader.last, leader.last, leader.term, leader.peer)
