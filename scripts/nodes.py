@@ -140,10 +140,13 @@ class Cluster:
     def state(self, number):
         """running, paused or down."""
         pid = self.node(number)["pid"]
+        child = self.processes.get(number)
         try:
-            with open(f"/proc/{pid}/cmdline") as f:
-                if self.path(number, "chunkserver.toml") not in f.read():
-                    return "down"  # somebody else's by now
+            # A child of ours is it, even if it has no command line yet: that comes a moment after Popen returns.
+            if child is None or child.pid != pid:
+                with open(f"/proc/{pid}/cmdline") as f:
+                    if self.path(number, "chunkserver.toml") not in f.read():
+                        return "down"  # somebody else's by now
             with open(f"/proc/{pid}/stat") as f:
                 letter = f.read().rsplit(")", 1)[1].split()[0]
         except (OSError, IndexError):
