@@ -106,8 +106,7 @@ impl Worker {
     }
 
     fn recorded(&self, name: &str) -> Attributes {
-        let metafile = self.metafile.borrow();
-        metafile.records().iter().find(|r| r.name == name).map(|r| r.attributes.clone()).unwrap_or_default()
+        self.metafile.borrow().get(name).map(|record| record.attributes.clone()).unwrap_or_default()
     }
 
     async fn close(&self, name: &str, open: bool, forget: bool) -> Closed {

@@ -11,6 +11,7 @@ pub mod text;
 pub use text::{Attributes, Record};
 
 use crate::limits::{NEBD_FILES_MAX, NEBD_METAFILE_BYTES_MAX};
+use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::{ErrorKind, Read, Write};
 use std::path::{Path, PathBuf};
@@ -68,6 +69,8 @@ pub enum MetafileError {
 pub struct Metafile {
     path: PathBuf,
     records: Vec<Record>,
+    /// Places of the records, by name: all of them are looked for at start.
+    places: BTreeMap<String, usize>,
 }
 
 impl Metafile {
@@ -80,7 +83,7 @@ impl Metafile {
         let mut bytes = Vec::new();
         match File::open(path) {
             Err(e) if e.kind() == ErrorKind::NotFound => {
-                return Ok(Self { path: path.to_owned(), records: Vec::new() });
+                return Ok(Self::of(path, Vec::new()));
             }
             other => {
                 let limit = NEBD_METAFILE_BYTES_MAX as u64 + 1;
@@ -94,7 +97,11 @@ impl Metafile {
         if records.len() > NEBD_FILES_MAX {
             return Err(MetafileError::TooBig(path.to_owned()));
         }
-        Ok(Self { path: path.to_owned(), records })
+        Ok(Self::of(path, records))
+    }
+
+    fn of(path: &Path, records: Vec<Record>) -> Self {
+        Self { path: path.to_owned(), places: places(&records), records }
     }
 
     /// What is recorded.
@@ -103,14 +110,22 @@ impl Metafile {
         &self.records
     }
 
+    /// The record of a file.
+    #[must_use]
+    pub fn get(&self, name: &str) -> Option<&Record> {
+        self.places.get(name).and_then(|&at| self.records.get(at))
+    }
+
     /// Record a file, in place of an earlier record of its name. An equal record is not written again.
     ///
     /// # Errors
     /// [`MetafileError`]; nothing was changed.
     pub fn put(&mut self, record: Record) -> Result<(), MetafileError> {
+        if self.get(&record.name) == Some(&record) {
+            return Ok(());
+        }
         let mut next = self.records.clone();
-        match next.iter_mut().find(|known| known.name == record.name) {
-            Some(known) if *known == record => return Ok(()),
+        match self.places.get(&record.name).and_then(|&at| next.get_mut(at)) {
             Some(known) => *known = record,
             None => next.push(record),
         }
@@ -122,7 +137,7 @@ impl Metafile {
     /// # Errors
     /// [`MetafileError`]; nothing was changed.
     pub fn remove(&mut self, name: &str) -> Result<(), MetafileError> {
-        if self.records.iter().all(|known| known.name != name) {
+        if self.get(name).is_none() {
             return Ok(());
         }
         let mut next = self.records.clone();
@@ -150,9 +165,14 @@ impl Metafile {
         // If this fails, a crash may bring the old file back. The next change writes everything again.
         let folder = self.path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
         File::open(folder).and_then(|f| f.sync_all()).map_err(failed("sync its folder", &self.path))?;
+        self.places = places(&next);
         self.records = next;
         Ok(())
     }
+}
+
+fn places(records: &[Record]) -> BTreeMap<String, usize> {
+    records.iter().enumerate().map(|(at, record)| (record.name.clone(), at)).collect()
 }
 
 #[cfg(test)]
