@@ -11,6 +11,7 @@ pub mod payload;
 
 pub use connection::{
     Call, CloseReason, Connection, Greeting, Incoming, MethodId, Options, Out, Progress, Reject, Route,
+    Saved,
 };
 pub use http::{HttpReply, HttpRequest};
 pub use payload::Attachment;
