@@ -204,7 +204,7 @@ pub struct Completion {
 /// What [`Io::cancel`] ends.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Cancel {
-    /// Accepts and receives.
+    /// Accepts, connects and receives.
     Receives,
     /// Sends.
     Sends,

@@ -706,7 +706,7 @@ impl Io for Uring {
         self.sends_cut |= what == Cancel::Sends;
         for slot in 0..self.flights.len() {
             let hit = match self.flights[slot].kind {
-                Kind::Accept | Kind::Recv(_) | Kind::RecvInto(..) => what == Cancel::Receives,
+                Kind::Accept | Kind::Connect(_) | Kind::Recv(_) | Kind::RecvInto(..) => what == Cancel::Receives,
                 Kind::Send { .. } => what == Cancel::Sends,
                 _ => false,
             };
