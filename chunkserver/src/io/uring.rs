@@ -222,6 +222,9 @@ pub struct Uring {
     lives: Vec<u32>,
     /// Sends were cancelled: one that the kernel cut short does not go on.
     sends_cut: bool,
+    /// The event fd is being read; it is not read again.
+    watching: bool,
+    retiring: bool,
     now: Instant,
     counters: Arc<RingCounters>,
 }
@@ -267,6 +270,8 @@ impl Uring {
             doorbell_value: std::mem::ManuallyDrop::new(Box::new(0)),
             lives: Vec::new(),
             sends_cut: false,
+            watching: false,
+            retiring: false,
             now: clock(),
             counters: Arc::default(),
             ring,
@@ -297,7 +302,23 @@ impl Uring {
         unsafe { OwnedFd::from_raw_fd(conn.0) }
     }
 
+    /// Leave the doorbell to another ring: one that is torn down later must not take what rings for its successor.
+    pub fn retire(&mut self) {
+        self.retiring = true;
+        self.doorbells.ring(self.shard);
+        let mut out = Vec::new();
+        for _ in 0..100 {
+            if !self.watching {
+                return;
+            }
+            self.turn(self.now.after_ms(10), &mut out);
+        }
+    }
+
     fn watch_doorbell(&mut self) {
+        if std::mem::replace(&mut self.watching, !self.retiring) || self.retiring {
+            return;
+        }
         let event = Fd(self.doorbells.events[usize::from(self.shard)].as_raw_fd());
         let entry = opcode::Read::new(event, std::ptr::from_mut(&mut **self.doorbell_value).cast(), 8);
         self.push(&entry.build().user_data(DOORBELL));
@@ -464,6 +485,7 @@ impl Uring {
                 WAKE => out.push(Completion { token: Token(0), done: Done::Wake }),
                 DOORBELL => {
                     watch = true;
+                    self.watching = false;
                     out.push(Completion { token: Token(0), done: Done::Wake });
                 }
                 slot => {

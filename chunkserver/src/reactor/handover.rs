@@ -29,6 +29,9 @@ use std::sync::atomic::{AtomicU8, AtomicUsize, Ordering};
 
 /// Answers that were given get this long to leave before they are cut off, milliseconds.
 const SEND_GRACE_MS: u64 = 20;
+/// A copyset that needs nobody's consent leads soon after recovery; one that does not is not waited for longer than this
+/// after the loop began, milliseconds.
+const LEAD_MS: u64 = 2000;
 /// How often a loop looks for the next stage, milliseconds.
 const LOOK_MS: u64 = 1;
 /// Write-back rounds that leave little to replay: the one under way, and a whole one.
@@ -137,6 +140,8 @@ pub(super) struct Part {
     rounds: u64,
     /// Leave: when sends are cut off; that they were; that the shard was told to end; that peers were given up.
     cut_at: Instant,
+    /// Wait: when a copyset that has no leader yet is not waited for any more.
+    lead_by: Instant,
     cut: bool,
     draining: bool,
     alone: bool,
@@ -145,8 +150,8 @@ pub(super) struct Part {
 
 impl Part {
     fn new(stage: Stage, now: Instant, rounds: u64) -> Self {
-        let cut_at = now.after_ms(SEND_GRACE_MS);
-        Self { stage, reported: false, rounds, cut_at, cut: false, draining: false, alone: false, done: false }
+        let (cut_at, lead_by) = (now.after_ms(SEND_GRACE_MS), now.after_ms(LEAD_MS));
+        Self { stage, reported: false, rounds, cut_at, lead_by, cut: false, draining: false, alone: false, done: false }
     }
 }
 
@@ -158,13 +163,17 @@ impl<I: Io> Reactor<I> {
         self.adopted = adopted;
     }
 
+    /// It has ended for a hand-over: [`Self::part`] gives what is left.
+    #[must_use]
+    pub fn has_left(&self) -> bool {
+        self.left() == Some(true)
+    }
+
     /// What is left when the loop has ended.
     #[must_use]
     pub fn part(mut self) -> Parting<I> {
+        self.context.metrics().sub(Counter::Connections, self.conns.len() as u64);
         let connections = self.conns.drain().filter_map(Conn::saved).collect();
-        // Not adopted yet: somebody else's turn.
-        let adopted = std::mem::take(&mut self.adopted);
-        let connections: Vec<Handed> = adopted.into_iter().chain::<Vec<Handed>>(connections).collect();
         Parting { io: self.io, control: self.setup.control, connections }
     }
 
@@ -214,7 +223,10 @@ impl<I: Io> Reactor<I> {
             Stage::Serve => return self.adopt(),
             Stage::WriteBack => self.written_back(),
             Stage::Hold => self.is_held(),
-            Stage::Wait => self.shard.serving() && self.shard.leads_alone(),
+            Stage::Wait => {
+                let patient = self.part.as_ref().is_some_and(|part| now < part.lead_by);
+                self.shard.serving() && (self.shard.leads_alone() || !patient)
+            }
             Stage::Leave => self.leave(now),
         };
         if let (Some(part), Some(pause)) = (&mut self.part, &self.pause)
