@@ -213,11 +213,10 @@ impl Channel {
             let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(DESCRIPTORS_MAX))];
             let mut control = RecvAncillaryBuffer::new(&mut space);
             let rest = header.get_mut(at..).unwrap_or_default();
-            let received =
-                match recvmsg(&self.0, &mut [IoSliceMut::new(rest)], &mut control, RecvFlags::CMSG_CLOEXEC) {
-                    Err(rustix::io::Errno::INTR) => continue,
-                    other => other.map_err(|error| classify(error.into()))?,
-                };
+            let received = match recvmsg(&self.0, &mut [IoSliceMut::new(rest)], &mut control, RecvFlags::CMSG_CLOEXEC) {
+                Err(rustix::io::Errno::INTR) => continue,
+                other => other.map_err(|error| classify(error.into()))?,
+            };
             for message in control.drain() {
                 if let RecvAncillaryMessage::ScmRights(some) = message {
                     descriptors.extend(some);

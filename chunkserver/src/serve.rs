@@ -279,11 +279,7 @@ struct Seed {
 }
 
 impl Parts<'_> {
-    fn start_shards(
-        &self,
-        ports: Vec<Port>,
-        events: &Sender<Event>,
-    ) -> anyhow::Result<Crew> {
+    fn start_shards(&self, ports: Vec<Port>, events: &Sender<Event>) -> anyhow::Result<Crew> {
         let layout = &self.disk.layout;
         let extents = ExtentPool::new(layout);
         let arenas = |size: u64| -> anyhow::Result<Vec<Arc<Arena>>> {

@@ -228,9 +228,8 @@ impl Decoder {
 
     /// What another decoder must be told to be where this one is: see [`Begun`].
     pub fn begun(&self) -> Begun {
-        let head = |body: usize, meta: usize| {
-            [MAGIC, &(body as u32).to_be_bytes(), &(meta as u32).to_be_bytes()].concat()
-        };
+        let head =
+            |body: usize, meta: usize| [MAGIC, &(body as u32).to_be_bytes(), &(meta as u32).to_be_bytes()].concat();
         match &self.state {
             State::Header { bytes, len } => Begun { bytes: bytes.get(..*len).unwrap_or_default().to_vec(), skip: 0 },
             State::Meta { body_size, meta_size } => {

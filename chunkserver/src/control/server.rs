@@ -119,7 +119,7 @@ pub fn run(setup: Setup) -> std::io::Result<()> {
                 }
                 Err(error) => {
                     tracing::warn!(%error, "accept on the command socket failed");
-                    tokio::time::sleep(std::time::Duration::from_millis(100)).await;
+                    tokio::time::sleep(Duration::from_millis(100)).await;
                 }
             }
         }
@@ -330,7 +330,7 @@ async fn delete_chunk(shards: &Shards, copyset: CopysetId, chunk: u64, sn: u64) 
         let reply = shards.ask_copyset(copyset, op).await.map_err(|e| e.to_string())?;
         match reply.outcome {
             Outcome::Success | Outcome::NoChunk | Outcome::NoCopyset => return Ok(()),
-            Outcome::NotLeader | Outcome::Overload => tokio::time::sleep(std::time::Duration::from_millis(20)).await,
+            Outcome::NotLeader | Outcome::Overload => tokio::time::sleep(Duration::from_millis(20)).await,
             other => return Err(format!("deleting chunk {chunk}: {other:?}")),
         }
     }

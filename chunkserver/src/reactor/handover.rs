@@ -29,8 +29,8 @@ use std::sync::atomic::{AtomicU8, AtomicUsize, Ordering};
 
 /// Answers that were given get this long to leave before they are cut off, milliseconds.
 const SEND_GRACE_MS: u64 = 20;
-/// A copyset that needs nobody's consent leads soon after recovery; one that does not is not waited for longer than this
-/// after the loop began, milliseconds.
+/// A copyset that needs nobody's consent leads soon after recovery; one that does not is not waited for longer than this,
+/// milliseconds.
 const LEAD_MS: u64 = 2000;
 /// How often a loop looks for the next stage, milliseconds.
 const LOOK_MS: u64 = 1;
@@ -65,11 +65,7 @@ impl Pause {
     /// For so many shards.
     #[must_use]
     pub fn new(stage: Stage, shards: u16) -> Arc<Self> {
-        Arc::new(Self {
-            stage: AtomicU8::new(stage as u8),
-            reports: AtomicUsize::new(0),
-            shards: usize::from(shards),
-        })
+        Arc::new(Self { stage: AtomicU8::new(stage as u8), reports: AtomicUsize::new(0), shards: usize::from(shards) })
     }
     /// Go to a stage; nobody has reported it done. Ring the shards' bells afterwards. The conductor's alone.
     pub fn set(&self, stage: Stage) {
@@ -141,7 +137,7 @@ pub(super) struct Part {
     /// Leave: when sends are cut off; that they were; that the shard was told to end; that peers were given up.
     cut_at: Instant,
     /// Wait: when a copyset that has no leader yet is not waited for any more.
-    lead_by: Instant,
+    lead_by: Option<Instant>,
     cut: bool,
     draining: bool,
     alone: bool,
@@ -150,8 +146,18 @@ pub(super) struct Part {
 
 impl Part {
     fn new(stage: Stage, now: Instant, rounds: u64) -> Self {
-        let (cut_at, lead_by) = (now.after_ms(SEND_GRACE_MS), now.after_ms(LEAD_MS));
-        Self { stage, reported: false, rounds, cut_at, lead_by, cut: false, draining: false, alone: false, done: false }
+        let cut_at = now.after_ms(SEND_GRACE_MS);
+        Self {
+            stage,
+            reported: false,
+            rounds,
+            cut_at,
+            lead_by: None,
+            cut: false,
+            draining: false,
+            alone: false,
+            done: false,
+        }
     }
 }
 
@@ -224,8 +230,13 @@ impl<I: Io> Reactor<I> {
             Stage::WriteBack => self.written_back(),
             Stage::Hold => self.is_held(),
             Stage::Wait => {
-                let patient = self.part.as_ref().is_some_and(|part| now < part.lead_by);
-                self.shard.serving() && (self.shard.leads_alone() || !patient)
+                let serving = self.shard.serving();
+                let lead_by = self
+                    .part
+                    .as_mut()
+                    .filter(|_| serving)
+                    .map(|part| *part.lead_by.get_or_insert(now.after_ms(LEAD_MS)));
+                serving && (self.shard.leads_alone() || lead_by.is_some_and(|at| at <= now))
             }
             Stage::Leave => self.leave(now),
         };

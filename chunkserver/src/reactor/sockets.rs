@@ -93,9 +93,8 @@ impl Conn {
     }
     /// Socket, session, what was received and not used, what was cut off.
     pub(super) fn dismantled(self) -> (ConnId, Session, Bytes, Vec<Bytes>) {
-        let rest = self.input.map_or_else(Bytes::new, |(data, at)| {
-            Bytes::copy_from_slice(data.get(at..).unwrap_or_default())
-        });
+        let rest =
+            self.input.map_or_else(Bytes::new, |(data, at)| Bytes::copy_from_slice(data.get(at..).unwrap_or_default()));
         (self.id, self.session, rest, self.unsent)
     }
     /// In the middle of a payload, with memory for all of it.
@@ -286,7 +285,7 @@ impl<I: Io> Reactor<I> {
             Session::Nbd(s) => s.direct_done(now, buf, added, &mut self.nbd_events),
             Session::Peer(p) => {
                 p.direct_done(buf, added);
-                conn.input = Some((RecvBuf::new(bytes::Bytes::new()), 0));
+                conn.input = Some((RecvBuf::new(Bytes::new()), 0));
                 return self.parse(index);
             }
             Session::Link(_) => {}
@@ -343,7 +342,7 @@ impl<I: Io> Reactor<I> {
         } else if waits {
             // A connection that waits keeps none of the few receive buffers: the others need them.
             let kept = if data.is_pooled() {
-                (RecvBuf::new(bytes::Bytes::copy_from_slice(rest)), 0)
+                (RecvBuf::new(Bytes::copy_from_slice(rest)), 0)
             } else {
                 let at = data.len() - rest.len();
                 (data, at)
@@ -427,7 +426,7 @@ impl<I: Io> Reactor<I> {
             return;
         }
         conn.sending = true;
-        let bytes: usize = bufs.iter().map(bytes::Bytes::len).sum();
+        let bytes: usize = bufs.iter().map(Bytes::len).sum();
         self.context.metrics().add(Counter::BytesOut, bytes as u64);
         self.io.submit(token(Owner::Send, conn.serial, index), Op::Send { conn: conn.id, bufs });
     }
@@ -435,7 +434,12 @@ impl<I: Io> Reactor<I> {
     fn start_receive(&mut self, index: usize) {
         let (stop_nbd, holding) = (self.draining.is_some(), self.is_holding());
         let Some(conn) = self.conns.get_mut(index) else { return };
-        if (holding && conn.is_client()) || conn.doomed || conn.receiving || conn.input.is_some() || (stop_nbd && conn.is_nbd()) {
+        if (holding && conn.is_client())
+            || conn.doomed
+            || conn.receiving
+            || conn.input.is_some()
+            || (stop_nbd && conn.is_nbd())
+        {
             return;
         }
         let (may, direct) = match &mut conn.session {
@@ -464,7 +468,7 @@ impl<I: Io> Reactor<I> {
             Session::Link(_) => false,
         };
         if hungry && !std::mem::replace(&mut conn.listed, true) {
-            conn.input = Some((RecvBuf::new(bytes::Bytes::new()), 0));
+            conn.input = Some((RecvBuf::new(Bytes::new()), 0));
             self.unread.push(index);
             self.starved = true;
         }

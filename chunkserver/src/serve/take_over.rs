@@ -4,9 +4,7 @@
 //! if this process fails. When it dies instead of committing itself, having sent everything, it cannot go on: then this
 //! process does.
 
-use super::{
-    Client, Config, Crew, Disk, Event, Parts, Socket, Stage, raise_fd_limit, serve, start_logging, uring,
-};
+use super::{Client, Config, Crew, Disk, Event, Parts, Socket, Stage, raise_fd_limit, serve, start_logging, uring};
 use crate::handover::{Channel, ChannelError, Message, Offer, PROTOCOL, Received};
 use crate::volume::catalog::CatalogStore;
 use anyhow::{Context, bail};
@@ -51,10 +49,7 @@ pub fn take_over(configure: impl FnOnce() -> anyhow::Result<Config>) -> anyhow::
     result
 }
 
-fn begin(
-    configure: impl FnOnce() -> anyhow::Result<Config>,
-    predecessor: Predecessor,
-) -> anyhow::Result<ExitCode> {
+fn begin(configure: impl FnOnce() -> anyhow::Result<Config>, predecessor: Predecessor) -> anyhow::Result<ExitCode> {
     if predecessor.offer.protocol != PROTOCOL {
         let (old, version) = (predecessor.offer.protocol, &predecessor.offer.version);
         bail!("version {version} hands over by protocol {old}, this one takes over by protocol {PROTOCOL}");

@@ -260,13 +260,7 @@ impl Server<'_> {
     }
 
     /// Give the successor everything, until it is committed to serve.
-    fn give(
-        &self,
-        to: &mut Channel,
-        clients: &[Client],
-        since_ns: u64,
-        timeout: Duration,
-    ) -> Result<(), ChannelError> {
+    fn give(&self, to: &mut Channel, clients: &[Client], since_ns: u64, timeout: Duration) -> Result<(), ChannelError> {
         self.parts.disk.share()?;
         for client in clients {
             let message = Message::Connection { session: client.session.clone(), input: client.input.len() };
