@@ -159,11 +159,19 @@ impl Server<'_> {
             self.enter(Stage::Serve);
             return Err(Failed::GivenUp("requests in flight did not end in time".into()));
         }
+        let held_ms = uring::clock().0.saturating_sub(since_ns) / 1_000_000;
         self.gate.close();
         self.enter(Stage::Leave);
         let (ports, clients) = self.collect()?;
         let stopped_ms = uring::clock().0.saturating_sub(since_ns) / 1_000_000;
-        tracing::info!(prepared_ms, wrote_ms, stopped_ms, connections = clients.len(), "stopped for the new process");
+        tracing::info!(
+            prepared_ms,
+            wrote_ms,
+            held_ms,
+            stopped_ms,
+            connections = clients.len(),
+            "stopped for the new process"
+        );
         let connections = clients.len();
         match self.give(&mut successor.channel, &clients, since_ns, timeout) {
             Ok(()) => {}
