@@ -148,7 +148,7 @@ fn whatever_the_new_process_does_the_old_one_goes_on() {
     lab.ask(&["volume", "create", "--name", "v", "--size", "4MiB"]);
     let before = server.descriptors();
     fails(&lab, fake(&lab, "dies-with-everything").to_str().unwrap());
-    assert_eq!(server.descriptors(), before);
+    wait_for("as many descriptors as before", || server.descriptors() == before);
     let (heir, _) = upgrade(&lab);
     assert!(server.wait().success());
     assert!(client.data(1, 5, 0, BLOCK) == pattern(5, BLOCK));
@@ -191,13 +191,21 @@ fn acknowledged_writes_survive_kills_in_the_middle_of_hand_overs() {
             let (stopped, taken) = (count(&lab, "stopped for the new"), count(&lab, "took over"));
             let mut command = Command::new(BINARY);
             command.args(["upgrade", "--ctl"]).arg(lab.path("ctl.sock"));
-            let mut asking = command.stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
+            let said = std::fs::File::create(lab.path("said")).unwrap();
+            let mut asking = command.stdout(Stdio::null()).stderr(said).spawn().unwrap();
             // While it prepares itself; when it gets everything; while it recovers; when it serves.
             let stage = round % 4;
             wait_for("the new process", || of(&lab).len() == 2 || asking.try_wait().unwrap().is_some());
+            let mut reached = |word, before| {
+                wait_for(word, || {
+                    let over = asking.try_wait().unwrap().is_some_and(|status| !status.success());
+                    assert!(!over, "{}", std::fs::read_to_string(lab.path("said")).unwrap());
+                    count(&lab, word) > before
+                });
+            };
             match stage {
-                1 | 2 => wait_for("the stop", || count(&lab, "stopped for the new") > stopped),
-                3 => wait_for("the end", || count(&lab, "took over") > taken),
+                1 | 2 => reached("stopped for the new", stopped),
+                3 => reached("took over", taken),
                 _ => {}
             }
             std::thread::sleep(Duration::from_millis(if stage == 2 { 10 + round * 4 } else { round }));
