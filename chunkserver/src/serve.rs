@@ -1,5 +1,6 @@
 //! `chunkserver serve`: put the parts together, wait for a signal or a failure, stop in good order, or hand over.
 
+mod crew;
 mod notify;
 mod take_over;
 mod upgrade;
@@ -11,23 +12,24 @@ use crate::config::Config;
 use crate::control::disk::Disk;
 use crate::control::server::{self, Setup as ControlSetup};
 use crate::control::shards::{Port, connect};
+use crate::io::ListenerId;
 use crate::io::buffer::Arena;
 use crate::io::uring::{self, Doorbells, RingCounters, Setup as RingSetup, Uring};
-use crate::io::{ConnId, ListenerId};
 use crate::mailbox::{Mailbox, mesh};
 use crate::metrics::ProcessStats;
-use crate::reactor::handover::{Handed, Parting, Pause, SavedSession, Stage};
+use crate::reactor::handover::{Pause, Stage};
 use crate::reactor::{Protocol, Reactor, Setup};
 use crate::service::{Info, Shared};
 use crate::shard::{self, Arenas, Shard};
 use crate::volume::catalog::{Catalog, CatalogGate, CatalogStore, SharedCatalog};
 use anyhow::Context;
 use copyset::PeerId;
+use crew::{Begin, Client, Crew, Left};
 use socket2::{Domain, SockAddr, Socket, Type};
 use std::collections::VecDeque;
 use std::io::IsTerminal;
 use std::net::{IpAddr, SocketAddr};
-use std::os::fd::{AsRawFd, IntoRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsRawFd, RawFd};
 use std::path::Path;
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -52,21 +54,6 @@ enum Event {
     Up,
     Shard(u16, Result<Left, String>),
     Upgrade(server::Upgrade),
-}
-
-/// What a shard that was left for a hand-over leaves.
-#[derive(Default)]
-struct Left {
-    control: Option<Port>,
-    clients: Vec<Client>,
-}
-
-/// A client's connection between two lives.
-struct Client {
-    socket: OwnedFd,
-    session: SavedSession,
-    input: Vec<u8>,
-    unsent: Vec<u8>,
 }
 
 /// Serve until told to stop.
@@ -237,34 +224,6 @@ struct Parts<'a> {
     pause: &'a Arc<Pause>,
 }
 
-/// The threads of the shards: they have their rings and wait to be told to begin.
-struct Crew {
-    threads: Vec<std::thread::JoinHandle<()>>,
-    begin: Vec<Sender<Begin>>,
-}
-
-/// What a shard is given when it may touch the disk.
-struct Begin {
-    clients: Vec<Client>,
-    catalog: SharedCatalog,
-}
-
-impl Crew {
-    /// Begin, with these connections.
-    fn go(&self, clients: Vec<Client>, catalog: &SharedCatalog) {
-        let mut shares: Vec<Vec<Client>> = self.begin.iter().map(|_| Vec::new()).collect();
-        let count = shares.len().max(1);
-        for (number, client) in clients.into_iter().enumerate() {
-            if let Some(share) = shares.get_mut(number % count) {
-                share.push(client);
-            }
-        }
-        for (begin, clients) in self.begin.iter().zip(shares) {
-            let _ = begin.send(Begin { clients, catalog: catalog.clone() }); // one that has failed has said so
-        }
-    }
-}
-
 /// What one shard's thread is made of.
 struct Seed {
     number: u16,
@@ -392,26 +351,6 @@ fn shard_thread(
         Some(failure) => Err(failure.to_string()),
         None if reactor.has_left() => Ok(Left::of(reactor.part())),
         None => Ok(Left::default()),
-    }
-}
-
-impl Left {
-    fn of(parting: Parting<Uring>) -> Self {
-        let Parting { mut io, control, connections } = parting;
-        let clients = connections.into_iter().map(|handed| {
-            let Handed { conn, session, input, unsent } = handed;
-            Client { socket: io.release(conn), session, input, unsent }
-        });
-        let clients = clients.collect();
-        io.retire();
-        Self { control, clients }
-    }
-}
-
-impl Client {
-    fn handed(self) -> Handed {
-        let conn = ConnId(self.socket.into_raw_fd());
-        Handed { conn, session: self.session, input: self.input, unsent: self.unsent }
     }
 }
 

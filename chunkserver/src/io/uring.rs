@@ -302,19 +302,6 @@ impl Uring {
         unsafe { OwnedFd::from_raw_fd(conn.0) }
     }
 
-    /// Leave the doorbell to another ring: one that is torn down later must not take what rings for its successor.
-    pub fn retire(&mut self) {
-        self.retiring = true;
-        self.doorbells.ring(self.shard);
-        let mut out = Vec::new();
-        for _ in 0..100 {
-            if !self.watching {
-                return;
-            }
-            self.turn(self.now.after_ms(10), &mut out);
-        }
-    }
-
     fn watch_doorbell(&mut self) {
         if std::mem::replace(&mut self.watching, !self.retiring) || self.retiring {
             return;
@@ -555,7 +542,7 @@ fn finish(flight: &mut Flight, entry: &cqueue::Entry, recv: &mut RecvRing, open:
             if cut && open && (result > 0 || result == -libc::ECANCELED) {
                 *sent += result.max(0) as usize;
                 if *sent < *len {
-                    return Some(Done::SendCut(without(&mut flight.bufs, *sent)));
+                    return Some(Done::SendCut(leave::without(&mut flight.bufs, *sent)));
                 }
                 Done::Send(Ok(()))
             } else if result < 0 {
@@ -571,20 +558,6 @@ fn finish(flight: &mut Flight, entry: &cqueue::Entry, recv: &mut RecvRing, open:
         Kind::Close => Done::Close,
         Kind::Free => unreachable!("a completion for a free flight"),
     })
-}
-
-/// The buffers without their first `skip` bytes.
-fn without(bufs: &mut SmallVec<[Bytes; 16]>, mut skip: usize) -> SmallVec<[Bytes; 16]> {
-    let mut rest = SmallVec::new();
-    for mut buf in bufs.drain(..) {
-        let gone = skip.min(buf.len());
-        skip -= gone;
-        let left = buf.split_off(gone);
-        if !left.is_empty() {
-            rest.push(left);
-        }
-    }
-    rest
 }
 
 /// Describe `bufs` without their first `skip` bytes; returns the length described.
@@ -725,17 +698,7 @@ impl Io for Uring {
     }
 
     fn cancel(&mut self, what: Cancel) {
-        self.sends_cut |= what == Cancel::Sends;
-        for slot in 0..self.flights.len() {
-            let hit = match self.flights[slot].kind {
-                Kind::Accept | Kind::Connect(_) | Kind::Recv(_) | Kind::RecvInto(..) => what == Cancel::Receives,
-                Kind::Send { .. } => what == Cancel::Sends,
-                _ => false,
-            };
-            if hit {
-                self.push(&opcode::AsyncCancel::new(slot as u64).build().user_data(IGNORE));
-            }
-        }
+        self.cancel_in_flight(what);
     }
 }
 
@@ -755,5 +718,6 @@ impl Drop for Uring {
 }
 
 mod connect;
+mod leave;
 #[cfg(test)]
 mod tests;
