@@ -185,7 +185,7 @@ pub enum Done {
     /// Of [`Op::Send`].
     Send(Result<(), Errno>),
     /// Of an [`Op::Send`] that [`Io::cancel`] cut short: what was not sent, in order.
-    SendCut(SmallVec<[Bytes; 16]>),
+    SendCut(Vec<Bytes>),
     /// Of [`Op::Close`].
     Close,
     /// Another shard (or the control thread) sent a wake-up; no token of ours.

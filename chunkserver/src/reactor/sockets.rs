@@ -485,7 +485,7 @@ impl<I: Io> Reactor<I> {
             Session::Link(link) => self.peers.sent(*link),
         }
         match done {
-            Done::SendCut(rest) if conn.is_client() => conn.unsent = rest.into_vec(),
+            Done::SendCut(rest) if conn.is_client() => conn.unsent = rest,
             Done::Send(Err(_)) | Done::SendCut(_) => self.doom(index),
             _ => {}
         }

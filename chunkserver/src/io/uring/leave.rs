@@ -37,8 +37,8 @@ impl Uring {
 }
 
 /// The buffers without their first `skip` bytes.
-pub(super) fn without(bufs: &mut SmallVec<[Bytes; 16]>, mut skip: usize) -> SmallVec<[Bytes; 16]> {
-    let mut rest = SmallVec::new();
+pub(super) fn without(bufs: &mut SmallVec<[Bytes; 16]>, mut skip: usize) -> Vec<Bytes> {
+    let mut rest = Vec::new();
     for mut buf in bufs.drain(..) {
         let gone = skip.min(buf.len());
         skip -= gone;
