@@ -1,36 +1,46 @@
-//! `chunkserver serve`: put the parts together, wait for a signal or a failure, stop in good order.
+//! `chunkserver serve`: put the parts together, wait for a signal or a failure, stop in good order, or hand over.
 
+mod crew;
 mod nebd;
+mod notify;
+mod take_over;
+mod upgrade;
+
+pub use take_over::take_over;
 
 use crate::chunk::{ExtentPool, Layout};
 use crate::config::Config;
 use crate::control::disk::Disk;
 use crate::control::server::{self, Setup as ControlSetup};
 use crate::control::shards::{Port, connect};
+use crate::io::ListenerId;
 use crate::io::buffer::Arena;
 use crate::io::uring::{self, Doorbells, RingCounters, Setup as RingSetup, Uring};
-use crate::io::{Io, ListenerId};
 use crate::limits::CHUNK_BYTES_MAX;
 use crate::mailbox::{Mailbox, mesh};
 use crate::metrics::ProcessStats;
 use crate::metrics::text::{Var, Vars};
 use crate::nebd::server::Server as NebdServer;
+use crate::reactor::handover::{Pause, Stage};
 use crate::reactor::{Protocol, Reactor, Setup};
 use crate::service::{Info, Shared};
 use crate::shard::diskless::{Core, Diskless};
 use crate::shard::{self, Arenas, Shard};
-use crate::volume::catalog::{CatalogStore, SharedCatalog};
+use crate::volume::catalog::{Catalog, CatalogGate, CatalogStore, SharedCatalog};
 use anyhow::Context;
 use copyset::PeerId;
+use crew::{Begin, Client, Crew, Left};
 use socket2::{Domain, SockAddr, Socket, Type};
+use std::collections::VecDeque;
 use std::io::IsTerminal;
 use std::net::{IpAddr, SocketAddr};
 use std::os::fd::{AsRawFd, RawFd};
 use std::path::Path;
 use std::process::ExitCode;
 use std::sync::Arc;
-use std::sync::mpsc::{Sender, channel};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::time::{Duration, Instant};
+use take_over::Predecessor;
 use tracing_subscriber::filter::EnvFilter;
 use tracing_subscriber::layer::SubscriberExt;
 use tracing_subscriber::util::SubscriberInitExt;
@@ -45,7 +55,10 @@ const BACKLOG: i32 = 4096;
 /// What happens to a running server.
 enum Event {
     Signal(i32),
-    Shard(u16, Result<(), String>),
+    /// A shard's ring is up.
+    Up,
+    Shard(u16, Result<Left, String>),
+    Upgrade(server::Upgrade),
 }
 
 /// Serve until told to stop.
@@ -58,43 +71,71 @@ pub fn run(config: &Config) -> anyhow::Result<ExitCode> {
     raise_fd_limit();
     let wait = Duration::from_millis(config.start_wait_ms);
     let disk = config.data.as_deref().map(|data| Disk::open(data, wait)).transpose()?;
-    let node = Node::new(config, disk.as_ref())?;
-    let catalog = CatalogStore::open(&config.catalog())?;
-    let nebd = nebd::Prepared::new(config, wait)?;
-    let sockets = Sockets::bind(config, nebd.as_ref(), wait)?;
+    serve(config, disk.as_ref(), set_log, None)
+}
+
+/// Serve, from an open disk if there is one; with a predecessor, from where it stopped.
+fn serve(
+    config: &Config,
+    disk: Option<&Disk>,
+    set_log: server::SetLog,
+    mut predecessor: Option<Predecessor>,
+) -> anyhow::Result<ExitCode> {
+    let wait = Duration::from_millis(config.start_wait_ms);
+    let mut node = Node::new(config, disk)?;
+    // A predecessor has these until it has stopped.
+    let catalog = predecessor.is_none().then(|| CatalogStore::open(&config.catalog())).transpose()?;
+    let config = &nebd::resolve(config)?;
+    let prepared = match predecessor {
+        None => nebd::Prepared::new(config, wait)?,
+        Some(_) => None,
+    };
+    let inherited = predecessor.as_mut().map(Predecessor::take_sockets).unwrap_or_default();
+    let sockets = Sockets::bind(config, wait, inherited)?;
     let peer = peer_id(sockets.rpc_address)?;
-    let effective = Config { nebd: nebd.as_ref().map(|n| n.config().clone()), ..config.clone() };
-    let shared = Shared::new(info(&effective, peer, node.chunk_size), usize::from(node.shards));
+    if let Some(predecessor) = &predecessor {
+        predecessor.check(disk, peer)?;
+        predecessor.keep_identity(disk, &mut node);
+    }
+    let shared = Shared::new(info(config, peer, node.chunk_size), usize::from(node.shards));
     let bells = Doorbells::new(node.shards).context("event fds")?;
     let (links, ports) = connect(node.shards, &bells);
-    let (nebd, _nebd_lock) = nebd.map(|prepared| prepared.start(node.shards, &bells)).unzip();
+    let (events, happened) = channel();
+    watch_signals(events.clone())?;
+    let stage = if predecessor.is_some() { Stage::Wait } else { Stage::Serve };
+    let pause = Pause::new(stage, node.shards);
+    let parts =
+        Parts { config, disk, node: &node, shared: &shared, bells: &bells, peer, sockets: &sockets, pause: &pause };
+    let crew = parts.start_shards(ports, &events)?;
+
+    let (catalog, nebd) = match (&mut predecessor, catalog) {
+        (None, Some(catalog)) => {
+            let nebd = prepared.map(|prepared| prepared.start(node.shards, &bells));
+            crew.go(Vec::new(), &catalog.shared(), nebd.as_ref().map(|n| &n.0.server));
+            (catalog, nebd)
+        }
+        (Some(predecessor), _) => predecessor.succeed(&parts, &crew, &happened)?,
+        (None, None) => anyhow::bail!("no catalog"),
+    };
+    let (nebd, nebd_lock) = nebd.unzip();
     if let Some(setup) = &nebd {
         show_nebd(&shared, &setup.server);
     }
-    let (events, happened) = channel();
-    watch_signals(events.clone())?;
-
-    let parts = Parts {
-        config,
-        disk: disk.as_ref(),
-        node: &node,
-        shared: &shared,
-        catalog: catalog.shared(),
-        nebd: nebd.as_ref().map(|setup| Arc::clone(&setup.server)),
-        bells: &bells,
-        peer,
-        sockets: &sockets,
-    };
-    let threads = parts.start_shards(ports, &events)?;
+    let (gate, volumes) = (catalog.gate(), catalog.shared());
+    let nebd_server = nebd.as_ref().map(|setup| Arc::clone(&setup.server));
     let control = ControlSetup {
         socket: config.ctl_socket(),
         links,
         catalog,
         peer: peer.0,
         chunk_size: node.chunk_size,
-        about: about(&effective, disk.as_ref(), &node, peer),
+        about: about(config, disk, &node, peer),
         set_log,
         nebd,
+        upgrade: {
+            let events = events.clone();
+            Box::new(move |order| events.send(Event::Upgrade(order)).is_ok())
+        },
     };
     let ctl_socket = config.ctl_socket();
     std::thread::Builder::new().name("control".into()).spawn(move || {
@@ -104,43 +145,97 @@ pub fn run(config: &Config) -> anyhow::Result<ExitCode> {
     })?;
     let data = config.data.as_deref().map_or_else(|| "none".into(), Path::to_string_lossy);
     tracing::info!(listen = %sockets.rpc_address, %data, shards = node.shards, "serving");
+    if let Some(predecessor) = predecessor {
+        predecessor.confirm(config, disk, nebd_lock.as_ref())?;
+    }
 
-    let code = supervise(&happened, &shared, &bells, node.shards);
+    let mut server =
+        Server { parts, crew, gate, volumes, nebd: nebd_server, nebd_lock, events, happened, later: VecDeque::new() };
+    let end = server.supervise();
+    if end == End::HandedOver {
+        return Ok(ExitCode::SUCCESS); // the sockets' names are the successor's
+    }
     let _ = std::fs::remove_file(ctl_socket);
     if let Some(path) = &config.nbd_socket {
         let _ = std::fs::remove_file(path);
     }
-    if code == ExitCode::SUCCESS {
-        threads.into_iter().for_each(|t| drop(t.join()));
-    }
-    Ok(code)
-}
-
-/// Wait for the end, and bring it about in good order.
-fn supervise(happened: &std::sync::mpsc::Receiver<Event>, shared: &Shared, bells: &Doorbells, shards: u16) -> ExitCode {
-    let mut running = shards;
-    while running > 0 {
-        match happened.recv() {
-            Ok(Event::Signal(number)) => {
-                if shared.is_draining() {
-                    tracing::warn!("second signal: leaving at once");
-                    return ExitCode::from(128u8.wrapping_add(number as u8));
-                }
-                tracing::info!(signal = number, "stopping");
-                shared.drain();
-                (0..shards).for_each(|s| bells.ring(s));
-            }
-            Ok(Event::Shard(_, Ok(()))) => running -= 1,
-            Ok(Event::Shard(shard, Err(why))) => {
-                // One disk per process: nothing is left to serve, and a failed sync must not be followed by another.
-                tracing::error!(shard, "{why}; leaving");
-                return ExitCode::from(EXIT_DISK_FAILED);
-            }
-            Err(_) => break,
+    match end {
+        End::Code(code) => Ok(ExitCode::from(code)),
+        End::Stopped | End::HandedOver => {
+            server.crew.threads.into_iter().for_each(|t| drop(t.join()));
+            Ok(ExitCode::SUCCESS)
         }
     }
-    tracing::info!("stopped");
-    ExitCode::SUCCESS
+}
+
+/// How serving ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum End {
+    Stopped,
+    HandedOver,
+    Code(u8),
+}
+
+/// A running server, as the main thread sees it.
+struct Server<'a> {
+    parts: Parts<'a>,
+    crew: Crew,
+    gate: CatalogGate,
+    volumes: SharedCatalog,
+    nebd: Option<Arc<NebdServer>>,
+    nebd_lock: Option<nebd::Lock>,
+    events: Sender<Event>,
+    happened: Receiver<Event>,
+    /// What happened meanwhile.
+    later: VecDeque<Event>,
+}
+
+impl Server<'_> {
+    /// Wait for the end, and bring it about in good order.
+    fn supervise(&mut self) -> End {
+        let shards = self.parts.node.shards;
+        let (mut running, mut announced) = (shards, false);
+        while running > 0 {
+            if !announced && self.parts.shared.is_loaded() {
+                announced = true;
+                notify::notify("READY=1");
+            }
+            let wait = if announced { Duration::from_secs(3600) } else { Duration::from_millis(20) };
+            let next = self.later.pop_front().ok_or(RecvTimeoutError::Timeout);
+            match next.or_else(|_| self.happened.recv_timeout(wait)) {
+                Ok(Event::Signal(signal_hook::consts::SIGUSR2)) => {
+                    if let Some(end) = self.upgrade(None) {
+                        return end;
+                    }
+                }
+                Ok(Event::Upgrade(order)) => {
+                    if let Some(end) = self.upgrade(Some(order)) {
+                        return end;
+                    }
+                }
+                Ok(Event::Signal(number)) => {
+                    if self.parts.shared.is_draining() {
+                        tracing::warn!("second signal: leaving at once");
+                        return End::Code(128u8.wrapping_add(number as u8));
+                    }
+                    tracing::info!(signal = number, "stopping");
+                    notify::notify("STOPPING=1");
+                    self.parts.shared.drain();
+                    self.parts.ring_all();
+                }
+                Ok(Event::Shard(_, Ok(_))) => running -= 1,
+                Ok(Event::Shard(shard, Err(why))) => {
+                    // One disk per process: nothing is left to serve, and a failed sync must not be followed by another.
+                    tracing::error!(shard, "{why}; leaving");
+                    return End::Code(EXIT_DISK_FAILED);
+                }
+                Ok(Event::Up) | Err(RecvTimeoutError::Timeout) => {}
+                Err(RecvTimeoutError::Disconnected) => break,
+            }
+        }
+        tracing::info!("stopped");
+        End::Stopped
+    }
 }
 
 /// What does not depend on whether there is a disk.
@@ -174,11 +269,10 @@ struct Parts<'a> {
     disk: Option<&'a Disk>,
     node: &'a Node,
     shared: &'a Arc<Shared>,
-    catalog: SharedCatalog,
-    nebd: Option<Arc<NebdServer>>,
     bells: &'a Arc<Doorbells>,
     peer: PeerId,
     sockets: &'a Sockets,
+    pause: &'a Arc<Pause>,
 }
 
 /// What one shard's thread is made of.
@@ -190,14 +284,12 @@ struct Seed {
     disk: Option<(Layout, Arc<ExtentPool>)>,
     setup: Setup,
     cpu: Option<usize>,
+    begin: Receiver<Begin>,
+    pause: Arc<Pause>,
 }
 
 impl Parts<'_> {
-    fn start_shards(
-        &self,
-        ports: Vec<Port>,
-        events: &Sender<Event>,
-    ) -> anyhow::Result<Vec<std::thread::JoinHandle<()>>> {
+    fn start_shards(&self, ports: Vec<Port>, events: &Sender<Event>) -> anyhow::Result<Crew> {
         let shards = self.node.shards;
         let disk = self.disk.map(|disk| (disk.layout.clone(), ExtentPool::new(&disk.layout)));
         let arenas = |size: u64| -> anyhow::Result<Vec<Arc<Arena>>> {
@@ -207,13 +299,17 @@ impl Parts<'_> {
         let work = arenas(if disk.is_some() { self.config.work_buffers.0 } else { 1 << 20 })?;
         let all: Vec<Arc<Arena>> = payload.iter().chain(&work).cloned().collect();
         let cpus = cpus();
-        let mut threads = Vec::new();
+        let mut crew = Crew { threads: Vec::new(), begin: Vec::new() };
         for (number, (mailbox, port)) in (0..shards).zip(mesh(shards).into_iter().zip(ports)) {
             let n = usize::from(number);
             let arenas =
                 Arenas { payload: Arc::clone(&payload[n]), work: Arc::clone(&work[n]), all_payload: payload.clone() };
+            let (go, begin) = channel();
+            crew.begin.push(go);
             let seed = Seed {
                 number,
+                begin,
+                pause: Arc::clone(self.pause),
                 ring: RingSetup {
                     shard: number,
                     files: self.disk.iter().map(|disk| disk.file.as_raw_fd()).collect(),
@@ -232,12 +328,16 @@ impl Parts<'_> {
             let events = events.clone();
             let shared = Arc::clone(self.shared);
             let thread = std::thread::Builder::new().name(format!("shard-{number}"));
-            threads.push(thread.spawn(move || {
-                let result = shard_thread(seed, &shared);
+            crew.threads.push(thread.spawn(move || {
+                let result = shard_thread(seed, &shared, &events);
                 let _ = events.send(Event::Shard(number, result));
             })?);
         }
-        Ok(threads)
+        Ok(crew)
+    }
+
+    fn ring_all(&self) {
+        (0..self.node.shards).for_each(|shard| self.bells.ring(shard));
     }
 
     fn shard_config(&self, shard: u16) -> shard::Config {
@@ -256,8 +356,8 @@ impl Parts<'_> {
         Setup {
             listeners,
             shared: Arc::clone(self.shared),
-            catalog: self.catalog.clone(),
-            nebd: self.nebd.clone(),
+            catalog: SharedCatalog::new(Catalog::default()), // comes with the order to begin, as does the next
+            nebd: None,
             mailbox,
             control: Some(port),
             arenas,
@@ -270,7 +370,7 @@ impl Parts<'_> {
     }
 }
 
-fn shard_thread(seed: Seed, shared: &Arc<Shared>) -> Result<(), String> {
+fn shard_thread(mut seed: Seed, shared: &Arc<Shared>, events: &Sender<Event>) -> Result<Left, String> {
     if let Some(cpu) = seed.cpu {
         let mut set = rustix::thread::CpuSet::new();
         set.set(cpu);
@@ -283,7 +383,10 @@ fn shard_thread(seed: Seed, shared: &Arc<Shared>) -> Result<(), String> {
     let io = Uring::new(seed.ring).map_err(|e| e.to_string())?;
     let counters: Arc<RingCounters> = io.counters();
     let metrics = shared.registry().shard(usize::from(seed.number)).ok_or("no metrics for this shard")?;
-    let now = io.now();
+    let _ = events.send(Event::Up);
+    let Ok(begin) = seed.begin.recv() else { return Ok(Left::default()) }; // the start was given up
+    (seed.setup.catalog, seed.setup.nebd) = (begin.catalog, begin.nebd);
+    let now = uring::clock();
     let core = match seed.disk {
         Some((layout, extents)) => {
             let shard = Shard::new(seed.shard, layout, seed.arenas, extents, Arc::clone(metrics), now);
@@ -292,11 +395,16 @@ fn shard_thread(seed: Seed, shared: &Arc<Shared>) -> Result<(), String> {
         None => Diskless::new(seed.number, seed.arenas.payload).into(),
     };
     let mut reactor = Reactor::new(io, seed.number, core, seed.setup);
+    reactor.take_part(seed.pause, begin.clients.into_iter().map(Client::handed).collect());
     while !reactor.finished() {
         reactor.turn();
         metrics.set(crate::metrics::Counter::Enters, counters.enters.load(std::sync::atomic::Ordering::Relaxed));
     }
-    reactor.failure().map_or(Ok(()), |failure| Err(failure.to_string()))
+    match reactor.failure() {
+        Some(failure) => Err(failure.to_string()),
+        None if reactor.has_left() => Ok(Left::of(reactor.part())),
+        None => Ok(Left::default()),
+    }
 }
 
 /// The listening sockets of the process.
@@ -306,19 +414,26 @@ struct Sockets {
 }
 
 impl Sockets {
-    fn bind(config: &Config, nebd: Option<&nebd::Prepared>, wait: Duration) -> anyhow::Result<Self> {
+    /// Those that are `inherited` are not made anew; what nobody wants of them is closed.
+    fn bind(config: &Config, wait: Duration, inherited: Vec<Socket>) -> anyhow::Result<Self> {
         let until = Instant::now() + wait;
-        let rpc = tcp(config.listen, until).with_context(|| format!("listen on {}", config.listen))?;
+        let mut inherited = Inherited(inherited);
+        let tcp = |address, until, from: &mut Inherited| from.tcp(address).map_or_else(|| tcp(address, until), Ok);
+        let unix = |path: &Path, from: &mut Inherited| from.unix(path).map_or_else(|| unix(path), Ok);
+        let rpc = tcp(config.listen, until, &mut inherited).with_context(|| format!("listen on {}", config.listen))?;
         let rpc_address = rpc.local_addr()?.as_socket().context("an IP address")?;
         let mut all = vec![(rpc, Protocol::Rpc)];
         if let Some(address) = config.nbd_listen {
-            all.push((tcp(address, until).with_context(|| format!("listen on {address}"))?, Protocol::Nbd));
+            let socket = tcp(address, until, &mut inherited);
+            all.push((socket.with_context(|| format!("listen on {address}"))?, Protocol::Nbd));
         }
         if let Some(path) = &config.nbd_socket {
-            all.push((unix(path).with_context(|| format!("listen on {}", path.display()))?, Protocol::Nbd));
+            let socket = unix(path, &mut inherited);
+            all.push((socket.with_context(|| format!("listen on {}", path.display()))?, Protocol::Nbd));
         }
-        if let Some(nebd) = nebd {
-            all.push((nebd.listen()?, Protocol::Nebd));
+        if let Some(nebd) = &config.nebd {
+            let socket = inherited.unix(&nebd.socket).map_or_else(|| nebd::listen(&nebd.socket), Ok)?;
+            all.push((socket, Protocol::Nebd));
         }
         Ok(Self { all, rpc_address })
     }
@@ -327,6 +442,22 @@ impl Sockets {
     }
     fn listeners(&self) -> Vec<(ListenerId, Protocol)> {
         self.all.iter().zip(0..).map(|((_, protocol), i)| (ListenerId(i), *protocol)).collect()
+    }
+}
+
+/// Listening sockets of another process.
+struct Inherited(Vec<Socket>);
+
+impl Inherited {
+    fn take(&mut self, wanted: impl Fn(&SockAddr) -> bool) -> Option<Socket> {
+        let found = self.0.iter().position(|socket| socket.local_addr().is_ok_and(|address| wanted(&address)))?;
+        Some(self.0.swap_remove(found))
+    }
+    fn tcp(&mut self, address: SocketAddr) -> Option<Socket> {
+        self.take(|at| at.as_socket() == Some(address))
+    }
+    fn unix(&mut self, path: &Path) -> Option<Socket> {
+        self.take(|at| at.as_pathname() == Some(path))
     }
 }
 
@@ -433,8 +564,8 @@ fn start_logging(filter: &str) -> anyhow::Result<server::SetLog> {
 }
 
 fn watch_signals(events: Sender<Event>) -> anyhow::Result<()> {
-    use signal_hook::consts::{SIGINT, SIGTERM};
-    let mut signals = signal_hook::iterator::Signals::new([SIGTERM, SIGINT])?;
+    use signal_hook::consts::{SIGINT, SIGTERM, SIGUSR2};
+    let mut signals = signal_hook::iterator::Signals::new([SIGTERM, SIGINT, SIGUSR2])?;
     std::thread::Builder::new().name("signals".into()).spawn(move || {
         for number in signals.forever() {
             if events.send(Event::Signal(number)).is_err() {

@@ -207,6 +207,13 @@ impl<H: Clone> Files<H> {
         self.ask(fd, whom, Ask::Close, now, out);
     }
 
+    /// No task is with the worker.
+    #[must_use]
+    pub fn is_idle(&self) -> bool {
+        let tasked = |state: &State<H>| matches!(state, State::Opening(..) | State::Closing { tasked: true, .. });
+        !self.files.values().any(|file| tasked(&file.state))
+    }
+
     /// The connection of a running request broke; [`Self::end`] is still to come, with `orphan` set.
     pub fn orphaned(&mut self, fd: NebdFd) {
         if let Some(file) = self.files.get_mut(&fd) {

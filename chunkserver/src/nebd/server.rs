@@ -188,6 +188,12 @@ impl Server {
         }
     }
 
+    /// The worker has no task on a file.
+    #[must_use]
+    pub fn is_idle(&self) -> bool {
+        self.table().files.is_idle()
+    }
+
     /// OpenFile.
     pub fn open(&self, name: &str, flags: OpenFlags, whom: Origin, now: Instant, out: &mut Vec<Reply>) {
         self.step(Some(whom.shard), out, |files, effects| files.open(name, flags, whom, now, effects));

@@ -127,9 +127,10 @@ impl<I: Io> Reactor<I> {
 
     /// Once a turn: answers of the worker and of other shards, and parked calls that are due.
     pub(super) fn nebd_step(&mut self) {
+        let holding = self.is_holding();
         let Some(nebd) = &mut self.nebd else { return };
         nebd.server.receive(self.number, &mut nebd.replies);
-        if nebd.retry_at.is_some_and(|at| at <= self.io.now()) {
+        if nebd.retry_at.is_some_and(|at| at <= self.io.now()) && !holding {
             nebd.retry_at = None;
             let due = |c: &Call| c.state == State::Parked && !matches!(c.op, Op::Lost);
             let due: Vec<usize> = nebd.calls.iter().filter(|(_, c)| due(c)).map(|(slot, _)| slot).collect();
@@ -143,6 +144,12 @@ impl<I: Io> Reactor<I> {
             }
         }
         self.nebd_replies();
+    }
+
+    /// For a hand-over: nothing of NEBD is under way but what is parked, and the worker writes no record.
+    pub(super) fn nebd_is_held(&self) -> bool {
+        let parked = |nebd: &Nebd| nebd.calls.iter().all(|(_, call)| call.state == State::Parked);
+        self.nebd.as_ref().is_none_or(|nebd| parked(nebd) && nebd.server.is_idle())
     }
 
     /// Act on what the table of files said, and on what that leads to.

@@ -82,11 +82,15 @@ impl<I: Io> Reactor<I> {
 
     /// At the end of a turn: what `remote` wants done, and what was answered.
     pub(super) fn remote_step(&mut self) {
+        if self.is_alone() {
+            return;
+        }
         let now = self.io.now();
         self.remote.poll(now);
         while let Some(event) = self.remote.next_event() {
             match event {
                 RemoteEvent::Dial { server, address, timeout_ms } => {
+                    self.dialing += 1;
                     self.io.submit(token(Owner::Dial, 0, server), Op::Connect { address, timeout_ms });
                 }
                 RemoteEvent::Send(server) => {
@@ -124,11 +128,17 @@ impl<I: Io> Reactor<I> {
     /// A connection attempt to a server ended.
     pub(super) fn server_dialed(&mut self, server: usize, done: &Done) {
         let Done::Connect(result) = *done else { unreachable!("a connect came back as {done:?}") };
+        self.dialing -= 1;
         if let Ok(conn) = result {
             let index = self.add(conn, Session::Server(server));
             self.server_conns.insert(server, index);
         }
         self.remote.dialed(self.io.now(), server, result.is_ok());
+        if self.is_alone()
+            && let Some(&index) = self.server_conns.get(&server)
+        {
+            self.doom(index);
+        }
     }
 
     /// A connection to a server is given up.

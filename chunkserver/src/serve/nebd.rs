@@ -19,40 +19,48 @@ use std::time::{Duration, Instant};
 
 /// What must be in order before anything starts.
 pub(super) struct Prepared {
-    /// The configuration, that of a `nebd-server.conf` read.
     config: NebdConfig,
     metafile: Metafile,
-    /// Holds the flock: no other server, ours or the original, has this socket.
-    _lock: File,
+    lock: Lock,
+}
+
+/// No other server, ours or the original, has this socket, while one lives; but for one that takes over.
+pub(super) struct Lock(File);
+
+/// The configuration, with what a `nebd-server.conf` says in the place of the section's own keys.
+pub(super) fn resolve(config: &Config) -> anyhow::Result<Config> {
+    Ok(Config { nebd: config.nebd.as_ref().map(effective).transpose()?, ..config.clone() })
+}
+
+/// The listening socket. From here on clients can connect, and wait.
+pub(super) fn listen(path: &Path) -> anyhow::Result<Socket> {
+    let socket = super::unix(path).with_context(|| format!("listen on {}", path.display()))?;
+    // Whoever runs virtual machines connects as whoever he is.
+    std::fs::set_permissions(path, Permissions::from_mode(0o777)).with_context(|| path.display().to_string())?;
+    Ok(socket)
 }
 
 impl Prepared {
     /// Take the lock of the socket, waiting at most `wait` for a server that is ending, and read the metafile.
     pub(super) fn new(config: &Config, wait: Duration) -> anyhow::Result<Option<Self>> {
-        let Some(nebd) = &config.nebd else { return Ok(None) };
-        let config = effective(nebd)?;
-        let lock = lock(&beside(&config.socket, ".lock"), wait)?;
+        Self::with_lock(config, FlockOperation::NonBlockingLockExclusive, wait)
+    }
+
+    /// The same, from a process that has called [`Lock::share`] and writes nothing more.
+    pub(super) fn join(config: &Config) -> anyhow::Result<Option<Self>> {
+        Self::with_lock(config, FlockOperation::NonBlockingLockShared, Duration::ZERO)
+    }
+
+    fn with_lock(config: &Config, how: FlockOperation, wait: Duration) -> anyhow::Result<Option<Self>> {
+        let Some(config) = config.nebd.clone() else { return Ok(None) };
+        let lock = Lock(lock(&beside(&config.socket, ".lock"), how, wait)?);
         let metafile = Metafile::open(&config.metafile)?;
-        Ok(Some(Self { config, metafile, _lock: lock }))
-    }
-
-    /// What is served.
-    pub(super) fn config(&self) -> &NebdConfig {
-        &self.config
-    }
-
-    /// The listening socket. From here on clients can connect, and wait.
-    pub(super) fn listen(&self) -> anyhow::Result<Socket> {
-        let path = &self.config.socket;
-        let socket = super::unix(path).with_context(|| format!("listen on {}", path.display()))?;
-        // Whoever runs virtual machines connects as whoever he is.
-        std::fs::set_permissions(path, Permissions::from_mode(0o777)).with_context(|| path.display().to_string())?;
-        Ok(socket)
+        Ok(Some(Self { config, metafile, lock }))
     }
 
     /// Part2, and what its worker needs; files on record are being reopened from now on.
-    pub(super) fn start(self, shards: u16, bells: &Arc<Doorbells>) -> (Setup, File) {
-        let Self { config, metafile, _lock: lock } = self;
+    pub(super) fn start(self, shards: u16, bells: &Arc<Doorbells>) -> (Setup, Lock) {
+        let Self { config, metafile, lock } = self;
         let (send, work) = tokio::sync::mpsc::unbounded_channel();
         let bells = Arc::clone(bells);
         let known = metafile.records().iter().map(|record| {
@@ -90,13 +98,39 @@ fn effective(nebd: &NebdConfig) -> anyhow::Result<NebdConfig> {
     Ok(config)
 }
 
-fn lock(path: &Path, wait: Duration) -> anyhow::Result<File> {
+impl Lock {
+    /// Let the process that takes over have a share of it.
+    pub(super) fn share(&self) -> std::io::Result<()> {
+        Ok(flock(&self.0, FlockOperation::NonBlockingLockShared)?)
+    }
+
+    /// Have it alone again, waiting at most `wait` for the other process to be gone.
+    pub(super) fn claim(&self, wait: Duration) -> std::io::Result<()> {
+        let until = Instant::now() + wait;
+        loop {
+            match flock(&self.0, FlockOperation::NonBlockingLockExclusive) {
+                Err(rustix::io::Errno::WOULDBLOCK) if Instant::now() < until => {
+                    self.share()?; // the kernel gives it up when it cannot make it exclusive
+                    std::thread::sleep(Duration::from_millis(2));
+                }
+                other => return Ok(other?),
+            }
+        }
+    }
+
+    /// Another descriptor of it.
+    pub(super) fn try_clone(&self) -> std::io::Result<Self> {
+        Ok(Self(self.0.try_clone()?))
+    }
+}
+
+fn lock(path: &Path, how: FlockOperation, wait: Duration) -> anyhow::Result<File> {
     let shown = path.display();
     let file = OpenOptions::new().create(true).truncate(false).write(true).open(path);
     let file = file.with_context(|| format!("NEBD: cannot open {shown}"))?;
     let until = Instant::now() + wait;
     loop {
-        match flock(&file, FlockOperation::NonBlockingLockExclusive) {
+        match flock(&file, how) {
             Ok(()) => return Ok(file),
             Err(rustix::io::Errno::WOULDBLOCK) if Instant::now() < until => {
                 std::thread::sleep(Duration::from_millis(5));

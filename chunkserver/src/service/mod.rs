@@ -17,7 +17,7 @@ mod table;
 
 pub use context::{Context, Info, MoreVars, Shared};
 pub use fence::Fences;
-pub use table::{NebdMethod, nebd_method, nebd_route, route};
+pub use table::{NebdMethod, names, nebd_method, nebd_route, route};
 
 use crate::io::Instant;
 use crate::metrics::Counter;

@@ -239,6 +239,12 @@ pub(super) fn lines(with_nebd: bool) -> impl Iterator<Item = (usize, &'static st
     OFFERED.iter().map(|line| (line.service, line.method)).chain(nebd).enumerate().map(|(i, (s, m))| (i, s, m))
 }
 
+/// Its service and its name.
+#[must_use]
+pub fn names(id: MethodId) -> Option<(&'static str, &'static str)> {
+    OFFERED.get(usize::from(id.0)).map(|line| (line.service, line.method))
+}
+
 /// Who serves it.
 pub(super) fn method(id: MethodId) -> Option<Method> {
     OFFERED.get(usize::from(id.0)).map(|line| line.serve)

@@ -131,6 +131,30 @@ impl Core {
         }
     }
 
+    #[must_use]
+    pub fn write_back(&self) -> (u64, u64) {
+        match self {
+            Self::Shard(shard) => shard.write_back(),
+            Self::Diskless(_) => (0, 0),
+        }
+    }
+
+    #[must_use]
+    pub fn leads_alone(&self) -> bool {
+        match self {
+            Self::Shard(shard) => shard.leads_alone(),
+            Self::Diskless(_) => true,
+        }
+    }
+
+    #[must_use]
+    pub fn is_idle(&self) -> bool {
+        match self {
+            Self::Shard(shard) => shard.is_idle(),
+            Self::Diskless(_) => true,
+        }
+    }
+
     pub fn want_memory(&mut self) {
         if let Self::Shard(shard) = self {
             shard.want_memory();

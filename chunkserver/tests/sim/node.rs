@@ -156,7 +156,7 @@ impl Program for Server {
         self.shard().led().for_each(|(id, term, epoch)| see(id.0, term, epoch));
     }
     fn full(&self) -> bool {
-        let status = self.0.shard().status();
+        let status = self.shard().status();
         status.slots_free == 0 && status.slots_unclaimed == 0
     }
     fn count(&self, counter: Counter) -> u64 {
