@@ -78,8 +78,9 @@ impl HttpParser {
         match end {
             Some(end) => {
                 *input = input.get(end - before..)?;
-                let head = std::mem::take(&mut self.head);
-                self.body = Some(parse_head(head.get(..end)?));
+                let mut head = std::mem::take(&mut self.head);
+                head.truncate(end);
+                self.body = Some(parse_head(&head));
                 self.parsed = (head, 0);
                 Some(())
             }

@@ -222,7 +222,7 @@ fn whoever_does_not_read_is_not_read() {
     assert_eq!(connection.received(&mut input, &node.arena, &mut out), Ok(Progress::Later));
     assert_eq!((out.len(), input.len()), (0, read.len()), "not even looked at");
     // A send makes room.
-    let taken: usize = connection.take_send(600).iter().map(bytes::Bytes::len).sum();
+    let taken: usize = connection.take_send(600).iter().map(Bytes::len).sum();
     assert!(taken > 0 && !connection.may_receive(), "until the send completed it counts");
     connection.sent();
     assert!(connection.may_receive());
