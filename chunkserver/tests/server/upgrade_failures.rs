@@ -188,6 +188,7 @@ fn acknowledged_writes_survive_kills_in_the_middle_of_hand_overs() {
                 scope.spawn(|| writer.run(client));
             }
             std::thread::sleep(Duration::from_millis(50));
+            wait_for("the command socket", || std::os::unix::net::UnixStream::connect(lab.path("ctl.sock")).is_ok());
             let (stopped, taken) = (count(&lab, "stopped for the new"), count(&lab, "took over"));
             let mut command = Command::new(BINARY);
             command.args(["upgrade", "--ctl"]).arg(lab.path("ctl.sock"));
