@@ -15,14 +15,18 @@ use std::time::{Duration, Instant};
 /// The process that serves now, which is not our child; killed when dropped.
 pub(super) struct Heir(pub(super) u32);
 
+/// Gone, or dead and waiting for somebody to ask how.
+pub(super) fn is_gone(pid: u32) -> bool {
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+    stat.rsplit(") ").next().is_none_or(|rest| rest.is_empty() || rest.starts_with('Z'))
+}
+
 impl Heir {
     fn pid(&self) -> Pid {
         Pid::from_raw(i32::try_from(self.0).unwrap()).unwrap()
     }
-    /// Gone, or dead and waiting for somebody to ask how.
     pub(super) fn is_gone(&self) -> bool {
-        let stat = std::fs::read_to_string(format!("/proc/{}/stat", self.0)).unwrap_or_default();
-        stat.rsplit(") ").next().is_none_or(|rest| rest.is_empty() || rest.starts_with('Z'))
+        is_gone(self.0)
     }
     pub(super) fn end(self, signal: Signal) {
         kill_process(self.pid(), signal).unwrap();

@@ -3,7 +3,7 @@
 use super::client::{BLOCK, SUCCESS, pattern};
 use super::crash::{WRITERS, Writer, writers};
 use super::harness::{BINARY, Lab, MIB, Setup, text, wait_for};
-use super::upgrade::{Heir, check, upgrade, write_on};
+use super::upgrade::{Heir, check, is_gone, upgrade, write_on};
 use rustix::process::Signal;
 use std::os::unix::fs::PermissionsExt;
 use std::path::PathBuf;
@@ -156,7 +156,7 @@ fn whatever_the_new_process_does_the_old_one_goes_on() {
 }
 
 /// Processes that serve this lab's disk, or are about to.
-fn of(lab: &Lab) -> Vec<Heir> {
+fn of(lab: &Lab) -> Vec<u32> {
     let config = lab.path("chunkserver.toml");
     let processes = std::fs::read_dir("/proc").unwrap().flatten();
     let pids = processes.filter_map(|entry| entry.file_name().to_str()?.parse::<u32>().ok());
@@ -164,7 +164,7 @@ fn of(lab: &Lab) -> Vec<Heir> {
         let line = std::fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
         text(&line).split('\0').any(|argument| config.as_os_str() == argument)
     });
-    ours.map(Heir).filter(|heir| !heir.is_gone()).collect()
+    ours.filter(|&pid| !is_gone(pid)).collect()
 }
 
 fn count(lab: &Lab, word: &str) -> usize {
@@ -219,7 +219,7 @@ fn acknowledged_writes_survive_kills_in_the_middle_of_hand_overs() {
             alive += heirs.len();
             assert!(heirs.len() <= 1 && (stage != 3 || heirs.len() == 1));
             for heir in heirs {
-                heir.end(Signal::KILL);
+                Heir(heir).end(Signal::KILL);
             }
         });
         let again = lab.start();
