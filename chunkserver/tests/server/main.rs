@@ -23,6 +23,7 @@ mod rot;
 mod slow;
 mod space;
 mod stop;
+mod trash;
 #[path = "../serve/wire.rs"]
 #[allow(dead_code)] // the service tests use more of it
 mod wire;

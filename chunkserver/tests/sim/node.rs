@@ -98,6 +98,8 @@ impl System for ServerSystem {
                 dirty_limit: DIRTY,
                 flush_age_ns: FLUSH_AGE_NS,
                 election_ms: 1_000,
+                trash_s: 0,
+                wall_s: 0,
                 seed: world.borrow_mut().rng.next(),
             };
             let arenas =
