@@ -50,6 +50,8 @@ pub struct Config {
     pub pin_shards: bool,
     /// Election timeout of copysets with several voters, milliseconds.
     pub election_timeout_ms: u64,
+    /// A deleted copyset's chunks keep their slots for so long, seconds, in case it was a mistake; 0: they are free at once.
+    pub trash_expire_s: u64,
     /// How long to wait for the lock on `data` and for the ports (an ended process may still hold them), milliseconds.
     pub start_wait_ms: u64,
     /// Log filter: `error`, `warn`, `info`, `debug`, `trace`, or per module as `info,chunkserver::shard=debug`.
@@ -125,6 +127,7 @@ impl Default for Config {
             export_shards: 0,
             pin_shards: true,
             election_timeout_ms: 1_000,
+            trash_expire_s: 300,
             start_wait_ms: 5_000,
             log: "info".into(),
             nebd: None,

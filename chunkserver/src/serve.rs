@@ -347,6 +347,8 @@ impl Parts<'_> {
             dirty_limit: self.config.dirty_limit.0 as usize,
             flush_age_ns: self.config.flush_age_ms.saturating_mul(1_000_000),
             election_ms: self.config.election_timeout_ms,
+            trash_s: self.config.trash_expire_s,
+            wall_s: wall_s(),
             seed: self.node.seed.rotate_left(u32::from(shard)) ^ u64::from(shard) << 56,
         }
     }
@@ -536,6 +538,12 @@ fn about(config: &Config, disk: Option<&Disk>, node: &Node, peer: PeerId) -> ser
         "nbd_socket": config.nbd_socket, "nbd_listen": config.nbd_listen,
         "chunk_size": node.chunk_size, "slots": slots, "disk_size": size,
     })
+}
+
+/// Seconds since 1970 when the clock that shards count by was 0.
+fn wall_s() -> u64 {
+    let seconds = |id| u64::try_from(rustix::time::clock_gettime(id).tv_sec).unwrap_or(0);
+    seconds(rustix::time::ClockId::Realtime).saturating_sub(seconds(rustix::time::ClockId::Boottime))
 }
 
 /// CPUs this process may run on.

@@ -2,7 +2,8 @@
 //!
 //! Format owned (little-endian):
 //! ```text
-//! | version u8 = 1 | flags u8 (bit 0: leave the joint stage by itself) | 4 x count u16 | epoch u64 | ids u64 ... |
+//! | version u8 = 1 | flags u8 (bit 0: leave the joint stage by itself, bit 1: retired) | 4 x count u16 | epoch u64 | ids u64 ... |
+//! | if retired: u64 |
 //! ```
 //! The counts and ids are voters, learners, outgoing voters, next learners. A decoded state is one raft-rs accepts:
 //! it ends the process over some that contradict themselves, so those are refused here.
@@ -12,6 +13,7 @@ use raft::eraftpb;
 
 const VERSION: u8 = 1;
 const FLAG_AUTO_LEAVE: u8 = 1;
+const FLAG_RETIRED: u8 = 2;
 const HEAD: usize = 2 + 4 * 2 + 8;
 /// Most members in one list; a bound for hostile input, far above any real copyset.
 const MEMBERS_MAX: usize = 64;
@@ -31,6 +33,9 @@ pub struct ConfState {
     pub auto_leave: bool,
     /// Curve's ConfEpoch: one more at every new leader's first entry and at every finished change of the voters.
     pub epoch: u64,
+    /// When this replica was taken out of service for good, seconds since 1970; 0: it was not. Only of this replica: it is
+    /// never sent.
+    pub retired: u64,
 }
 
 /// Why bytes are no [`ConfState`].
@@ -85,15 +90,19 @@ impl ConfState {
     #[must_use]
     pub fn encode(&self) -> Bytes {
         let lists = self.lists();
-        let mut out = BytesMut::with_capacity(HEAD + 8 * lists.iter().map(|l| l.len()).sum::<usize>());
+        let mut out = BytesMut::with_capacity(HEAD + 8 + 8 * lists.iter().map(|l| l.len()).sum::<usize>());
         out.put_u8(VERSION);
-        out.put_u8(if self.auto_leave { FLAG_AUTO_LEAVE } else { 0 });
+        let flag = |set, flag| if set { flag } else { 0 };
+        out.put_u8(flag(self.auto_leave, FLAG_AUTO_LEAVE) | flag(self.retired != 0, FLAG_RETIRED));
         for list in lists {
             assert!(list.len() <= MEMBERS_MAX, "configuration with {} members", list.len());
             out.put_u16_le(list.len() as u16);
         }
         out.put_u64_le(self.epoch);
         lists.iter().flat_map(|list| list.iter()).for_each(|&id| out.put_u64_le(id));
+        if self.retired != 0 {
+            out.put_u64_le(self.retired);
+        }
         out.freeze()
     }
 
@@ -105,7 +114,7 @@ impl ConfState {
         if version != VERSION {
             return Err(ConfError::Version(version));
         }
-        if flags & !FLAG_AUTO_LEAVE != 0 {
+        if flags & !(FLAG_AUTO_LEAVE | FLAG_RETIRED) != 0 {
             return Err(ConfError::Flags(flags));
         }
         let mut take = |count: [u8; 2]| {
@@ -114,14 +123,23 @@ impl ConfState {
             ids = rest;
             Ok(list.as_chunks::<8>().0.iter().map(|id| u64::from_le_bytes(*id)).collect::<Vec<_>>())
         };
-        let this = Self {
+        let mut this = Self {
             voters: take([c0, c1])?,
             learners: take([c2, c3])?,
             voters_outgoing: take([c4, c5])?,
             learners_next: take([c6, c7])?,
             auto_leave: flags & FLAG_AUTO_LEAVE != 0,
             epoch: u64::from_le_bytes(epoch),
+            retired: 0,
         };
+        if flags & FLAG_RETIRED != 0 {
+            let (at, rest) = ids.split_first_chunk::<8>().ok_or_else(short)?;
+            this.retired = u64::from_le_bytes(*at);
+            ids = rest;
+            if this.retired == 0 {
+                return Err(ConfError::Contradiction("retired at no time"));
+            }
+        }
         if !ids.is_empty() {
             return Err(short());
         }
@@ -156,6 +174,7 @@ impl ConfState {
             learners_next: sorted(state.get_learners_next()),
             auto_leave: state.get_auto_leave(),
             epoch,
+            retired: 0,
         }
     }
 
@@ -193,6 +212,7 @@ mod tests {
             learners_next: vec![4],
             auto_leave: true,
             epoch: 7,
+            retired: 0,
         }
     }
 
@@ -207,6 +227,19 @@ mod tests {
         ];
         assert_eq!(conf.encode(), bytes.concat());
         assert_eq!(ConfState::decode(&bytes.concat()), Ok(conf));
+    }
+
+    #[test]
+    fn a_retired_replica_says_when() {
+        let conf = ConfState { retired: 0x0102, ..ConfState::of(&[1]) };
+        let bytes = conf.encode();
+        assert_eq!((bytes[1], &bytes[bytes.len() - 8..]), (2, &[2, 1, 0, 0, 0, 0, 0, 0][..]));
+        assert_eq!(ConfState::decode(&bytes), Ok(conf));
+        assert!(ConfState::decode(&bytes[..bytes.len() - 8]).is_err(), "it must say when");
+        let mut never = bytes.to_vec();
+        never.truncate(bytes.len() - 8);
+        never.extend([0; 8]);
+        assert_eq!(ConfState::decode(&never), Err(ConfError::Contradiction("retired at no time")));
     }
 
     #[test]

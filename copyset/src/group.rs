@@ -109,6 +109,8 @@ pub struct Copyset {
     held_back: bool,
     /// No member any more, says a member.
     removed: bool,
+    /// See [`Self::retire`].
+    retired: u64,
     /// As of the last `Ready`.
     hard_state: HardState,
     /// The newest one the log was given.
@@ -171,6 +173,7 @@ impl Copyset {
             seen: (hard_state.term, StateRole::Follower),
             proposals: Proposals::default(),
             contexts: Contexts::default(),
+            retired: conf.retired,
             history: History::new(applied, conf),
             lease: Lease::default(),
             reads: Reads::default(),
@@ -331,9 +334,21 @@ impl Copyset {
             applied_index: index,
             applied_term: self.term_at(index),
             hard_state: self.hard_state,
-            conf: self.history.at(index).encode(),
+            conf: ConfState { retired: self.retired, ..self.history.at(index).clone() }.encode(),
             incarnation: self.raw.store().incarnation(),
         }
+    }
+
+    /// From now on every checkpoint says that this replica was taken out of service for good at `at`, seconds since 1970
+    /// and not 0. What that means is the shard's business.
+    pub fn retire(&mut self, at: u64) {
+        self.retired = at;
+    }
+
+    /// When it was retired, 0 if it was not.
+    #[must_use]
+    pub fn retired(&self) -> u64 {
+        self.retired
     }
 
     /// The hard state to log when its commit must become durable. Everything handed out for apply is covered.

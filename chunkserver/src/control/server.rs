@@ -26,6 +26,9 @@ const DELETES_AT_ONCE: usize = 64;
 /// Attempts at a deletion that is not done for a passing reason.
 const DELETE_ATTEMPTS: u32 = 100;
 
+/// State of a replica in the trash; never on the wire.
+const STATE_TRASH: u32 = 100;
+
 /// Changes the log filter of the process.
 pub type SetLog = Box<dyn Fn(&str) -> Result<(), String> + Send>;
 
@@ -216,7 +219,13 @@ impl Server {
                 Ok(volume_json(&volume))
             }
             Command::CopysetCreate { pool, first, count } => self.create_copysets(pool, first, count).await,
-            Command::CopysetList => Ok(self.copysets().await?.iter().map(copyset_json).collect()),
+            Command::CopysetList => {
+                let trash = self.listed(&AdminOp::ListTrash).await?;
+                let trash = trash.into_iter().map(|copyset| CopysetStatus { state: STATE_TRASH, ..copyset });
+                let mut all: Vec<CopysetStatus> = self.copysets().await?.into_iter().chain(trash).collect();
+                all.sort_by_key(|copyset| copyset.id);
+                Ok(all.iter().map(copyset_json).collect())
+            }
             Command::CopysetStatus { pool, copyset } => {
                 let id = CopysetId::new(pool, copyset);
                 let reply = self.shards.ask_copyset(id, RequestOp::Admin(AdminOp::CopysetStatus)).await;
@@ -255,8 +264,12 @@ impl Server {
     }
 
     async fn copysets(&self) -> Result<Vec<CopysetStatus>, String> {
+        self.listed(&AdminOp::ListCopysets).await
+    }
+
+    async fn listed(&self, op: &AdminOp) -> Result<Vec<CopysetStatus>, String> {
         let mut all = Vec::new();
-        for reply in self.shards.ask_all(&AdminOp::ListCopysets).await.map_err(|e| e.to_string())? {
+        for reply in self.shards.ask_all(op).await.map_err(|e| e.to_string())? {
             if let ReplyData::Copysets(some) = success(Ok(reply))?.data {
                 all.extend(some);
             }
@@ -310,7 +323,7 @@ impl Server {
                 slots_unclaimed = s.slots_unclaimed;
                 s.peers.iter().for_each(|view| add_peer(&mut peers, view));
                 shards.push(json!({
-                    "shard": s.shard, "copysets": s.copysets, "leaders": s.leaders, "chunks": s.chunks,
+                    "shard": s.shard, "copysets": s.copysets, "leaders": s.leaders, "chunks": s.chunks, "trashed": s.trashed,
                     "slots_free": s.slots_free, "dirty_bytes": s.dirty_bytes, "log_used_bytes": s.log_used_bytes,
                     "log_bytes": s.log_bytes, "buffers_free_bytes": s.buffers_free_bytes, "failed": s.failed,
                 }));
@@ -419,6 +432,7 @@ fn copyset_json(c: &CopysetStatus) -> Value {
         3 => "candidate",
         4 => "follower",
         5 => "error",
+        STATE_TRASH => "trash",
         _ => "passive",
     };
     json!({

@@ -216,7 +216,7 @@ fn chunkserver(vars: &mut Vars, ctx: &Context, prefix: &str, shards: &[ShardStat
         ("chunk_count", sum(|shard| shard.chunks)),
         ("snapshot_count", 0),
         ("clonechunk_count", 0),
-        ("chunk_trashed", 0),
+        ("chunk_trashed", sum(|shard| shard.trashed)),
         ("chunkfilepool_left", sum(|shard| shard.slots_free) + slots_unclaimed),
         ("dirty_bytes", sum(|shard| shard.dirty_bytes)),
         ("log_used_bytes", sum(|shard| shard.log_used_bytes)),

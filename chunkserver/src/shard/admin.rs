@@ -10,12 +10,25 @@ const STATE_ERROR: u32 = 5;
 /// Voters of a new copyset.
 const VOTERS_MAX: usize = 32;
 
+/// What is to be done when a change's log record is durable.
+pub(super) enum Then {
+    /// Start it.
+    Start,
+    /// Free its chunks.
+    Free,
+    /// Free its chunks, and create it anew with these voters.
+    Renew(Vec<u64>),
+    /// Nothing else.
+    Answer,
+}
+
 /// A change that waits for its log record.
 pub(super) struct Pending {
-    pub(super) origin: Origin,
+    /// Who is to be told; nobody, if time has done it.
+    pub(super) origin: Option<Origin>,
     seq: Seq,
     copyset: CopysetId,
-    create: bool,
+    then: Then,
 }
 
 impl Shard {
@@ -24,13 +37,18 @@ impl Shard {
         let (id, origin) = (request.copyset, request.origin);
         match op {
             AdminOp::CreateCopyset { peers } => self.create_copyset(id, &peers, origin, out),
-            AdminOp::DeleteCopyset => self.delete_copyset(id, origin, out),
-            AdminOp::CopysetStatus => match self.copyset_status(id) {
+            AdminOp::DeleteCopyset => self.delete_copyset(id, Some(origin), out),
+            AdminOp::CopysetStatus => match self.copyset_status(id).filter(|_| !self.is_retired(id)) {
                 Some(status) => answer(out, origin, ReplyData::Copysets(vec![status])),
                 None => reply(out, origin, Outcome::NoCopyset),
             },
             AdminOp::ListCopysets => {
                 let all = self.copyset_statuses().collect();
+                answer(out, origin, ReplyData::Copysets(all));
+            }
+            AdminOp::ListTrash => {
+                let all = self.groups.keys().filter(|&&id| self.is_retired(id));
+                let all = all.filter_map(|&id| self.copyset_status(id)).collect();
                 answer(out, origin, ReplyData::Copysets(all));
             }
             AdminOp::Members(op) => self.change_members(id, op, origin, out),
@@ -45,6 +63,10 @@ impl Shard {
     }
 
     fn create_copyset(&mut self, id: CopysetId, peers: &[u64], origin: Origin, out: &mut Effects) {
+        let busy = self.admin.iter().any(|p| p.copyset == id);
+        if self.is_retired(id) && !busy && peers.len() <= VOTERS_MAX {
+            return self.purge(id, Some(origin), Then::Renew(peers.to_vec()), out);
+        }
         if self.groups.contains_key(&id) || self.broken.contains(&id) || self.admin.iter().any(|p| p.copyset == id) {
             return reply(out, origin, Outcome::Exists);
         }
@@ -55,42 +77,44 @@ impl Shard {
         let incarnation = mix(self.config.seed ^ self.now.0.rotate_left(32) ^ self.incarnations ^ id.0).max(1);
         let checkpoint = Copyset::initial_checkpoint(peers, incarnation);
         let seq = self.log.borrow_mut().checkpoint(id, checkpoint);
-        self.admin.push(Pending { origin, seq, copyset: id, create: true });
+        self.await_record(id, seq, Some(origin), Then::Start);
     }
 
-    fn delete_copyset(&mut self, id: CopysetId, origin: Origin, out: &mut Effects) {
+    pub(super) fn await_record(&mut self, copyset: CopysetId, seq: Seq, origin: Option<Origin>, then: Then) {
+        self.admin.push(Pending { origin, seq, copyset, then });
+    }
+
+    /// Into the trash, or, from there, if it is damaged or if nothing is to be kept, out of existence.
+    pub(super) fn delete_copyset(&mut self, id: CopysetId, origin: Option<Origin>, out: &mut Effects) {
         if self.admin.iter().any(|p| p.copyset == id) {
-            return reply(out, origin, Outcome::Failed);
+            return tell(out, origin, Outcome::Failed);
         }
+        let whole = |group: &super::Group| !group.damaged && !group.raft.is_installing();
+        if self.config.trash_s > 0 && !self.is_retired(id) && self.groups.get(&id).is_some_and(whole) {
+            return self.retire(id, origin, out);
+        }
+        self.purge(id, origin, Then::Free, out);
+    }
+
+    fn purge(&mut self, id: CopysetId, origin: Option<Origin>, then: Then, out: &mut Effects) {
         let broken = self.broken.iter().position(|&b| b == id);
+        self.silence(id, out);
         match self.groups.remove(&id) {
             Some(mut group) => {
                 self.unfollow(&mut group);
-                self.stop_catch_up(id);
-                self.stop_install(id);
-                self.stop_mends(Some(id), Outcome::NoCopyset, out);
-                self.peers.forget(id);
-                let parked: Vec<usize> =
-                    self.parked.iter().filter(|(_, r)| r.copyset == id).map(|(key, _)| key).collect();
-                for key in parked {
-                    reply(out, self.parked.remove(key).origin, Outcome::NoCopyset);
-                }
-                for origin in self.members.give_up(Some(id)) {
-                    reply(out, origin, Outcome::NoCopyset);
-                }
-                // What was proposed and not yet applied will never be answered otherwise.
+                // What was proposed and not yet applied is over.
                 let cookies: Vec<u64> = group.raft.waiting_cookies().collect();
                 for cookie in cookies.into_iter().chain(group.queue.iter().filter_map(|c| c.cookie)) {
                     self.settle(cookie, Outcome::NoCopyset, 0, out);
                 }
             }
             None if broken.is_some() => {}
-            None => return reply(out, origin, Outcome::NoCopyset),
+            None => return tell(out, origin, Outcome::NoCopyset),
         }
         broken.map(|at| self.broken.swap_remove(at));
         self.lost.retain(|&lost| lost != id); // its next life has a log of its own
         let seq = self.log.borrow_mut().purge(id);
-        self.admin.push(Pending { origin, seq, copyset: id, create: false });
+        self.await_record(id, seq, origin, then);
         self.flush.next = self.now;
     }
 
@@ -99,17 +123,26 @@ impl Shard {
         let durable = self.log.borrow().durable_seq();
         let (done, waiting) = std::mem::take(&mut self.admin).into_iter().partition(|p| p.seq <= durable);
         self.admin = waiting;
-        for Pending { origin, copyset, create, .. } in done {
-            if create {
-                if let Err(failure) = self.start_copyset(copyset) {
-                    tracing::error!("{failure}");
-                    reply(out, origin, Outcome::Failed);
+        for Pending { origin, copyset, then, .. } in done {
+            match then {
+                Then::Answer => {}
+                Then::Start => {
+                    if let Err(failure) = self.start_copyset(copyset) {
+                        tracing::error!("{failure}");
+                        tell(out, origin, Outcome::Failed);
+                        continue;
+                    }
+                }
+                Then::Free => self.store.remove_copyset(copyset), // only now: the Purge is durable
+                Then::Renew(peers) => {
+                    self.store.remove_copyset(copyset);
+                    if let Some(origin) = origin {
+                        self.create_copyset(copyset, &peers, origin, out);
+                    }
                     continue;
                 }
-            } else {
-                self.store.remove_copyset(copyset); // only now: the Purge is durable
             }
-            reply(out, origin, Outcome::Success);
+            tell(out, origin, Outcome::Success);
         }
     }
 
@@ -119,9 +152,10 @@ impl Shard {
         leads.map(|(&id, g)| (id, g.raft.term(), g.raft.may_read_index().then(|| g.raft.conf().epoch)))
     }
 
-    /// State of every copyset here.
+    /// State of every copyset here, those in the trash excepted.
     pub fn copyset_statuses(&self) -> impl Iterator<Item = CopysetStatus> + '_ {
-        self.groups.keys().chain(&self.broken).filter_map(|&id| self.copyset_status(id))
+        let live = self.groups.keys().filter(|&&id| !self.is_retired(id));
+        live.chain(&self.broken).filter_map(|&id| self.copyset_status(id))
     }
 
     fn copyset_status(&self, id: CopysetId) -> Option<CopysetStatus> {
@@ -146,6 +180,12 @@ impl Shard {
             epoch: conf.epoch,
             chunks: self.store.chunks_of(id),
         })
+    }
+}
+
+fn tell(out: &mut Effects, origin: Option<Origin>, outcome: Outcome) {
+    if let Some(origin) = origin {
+        reply(out, origin, outcome);
     }
 }
 

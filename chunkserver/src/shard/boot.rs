@@ -116,6 +116,7 @@ impl Shard {
             early: Vec::new(),
             deferred: VecDeque::new(),
             guards: super::guard::Guards::default(),
+            trash_at: now,
             in_flight_bytes: 0,
             proposed_cost: 0,
             admin: Vec::new(),

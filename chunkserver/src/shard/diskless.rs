@@ -29,7 +29,9 @@ impl Diskless {
             return (Outcome::Stopping, ReplyData::None);
         }
         match &request.op {
-            RequestOp::Admin(AdminOp::ListCopysets) => (Outcome::Success, ReplyData::Copysets(Vec::new())),
+            RequestOp::Admin(AdminOp::ListCopysets | AdminOp::ListTrash) => {
+                (Outcome::Success, ReplyData::Copysets(Vec::new()))
+            }
             RequestOp::Admin(AdminOp::ShardStatus) => {
                 let buffers_free_bytes = self.payload.free_bytes() as u64;
                 let status = ShardStatus { shard: self.shard, buffers_free_bytes, ..ShardStatus::default() };

@@ -8,6 +8,9 @@ use raftlog::CopysetId;
 
 impl Shard {
     pub(super) fn raft_effect(&mut self, id: CopysetId, effect: Effect, out: &mut Effects) {
+        if self.is_muted(id, &effect) {
+            return;
+        }
         match effect {
             Effect::Apply(committed) => {
                 let Some(group) = self.groups.get_mut(&id) else { return };
@@ -68,7 +71,8 @@ impl Shard {
         let next = self.now.after_ns(self.tick_ns());
         self.next_tick = Instant::FAR;
         self.leave_slow_disk();
-        for (&id, group) in self.groups.iter_mut().filter(|(_, group)| group.raft.needs_ticks() && !group.damaged) {
+        let lives = |group: &super::Group| group.raft.needs_ticks() && !group.damaged && group.raft.retired() == 0;
+        for (&id, group) in self.groups.iter_mut().filter(|(_, group)| lives(group)) {
             self.next_tick = next;
             group.raft.tick(self.now.0);
             if group.raft.dirty() && !std::mem::replace(&mut group.dirty, true) {

@@ -42,6 +42,9 @@ impl Shard {
     pub(super) fn change_members(&mut self, id: CopysetId, op: MemberOp, origin: Origin, out: &mut Effects) {
         let now = self.now.0;
         let Some(group) = self.groups.get_mut(&id) else { return reply(out, origin, Outcome::NoCopyset) };
+        if group.raft.retired() != 0 {
+            return reply(out, origin, Outcome::NoCopyset);
+        }
         if group.damaged {
             return reply(out, origin, Outcome::CrcFail);
         }

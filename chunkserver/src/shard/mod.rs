@@ -32,6 +32,7 @@ mod supply;
 mod suspects;
 #[cfg(test)]
 mod tests;
+mod trash;
 
 pub use boot::log_geometry;
 
@@ -73,6 +74,10 @@ pub struct Config {
     pub flush_age_ns: u64,
     /// Election timeout of copysets with several voters, milliseconds.
     pub election_ms: u64,
+    /// A deleted copyset's chunks are kept for so long, seconds; 0: not at all.
+    pub trash_s: u64,
+    /// Seconds since 1970 when `Instant` was 0.
+    pub wall_s: u64,
     /// Randomness of this process's life: incarnations, election timeouts.
     pub seed: u64,
 }
@@ -166,7 +171,8 @@ enum Task {
 
 /// A proposal whose outcome is awaited.
 struct Waiting {
-    origin: Origin,
+    /// `None`: it has been answered.
+    origin: Option<Origin>,
     chunk: u64,
     op: request::ChunkOp,
     pinned: usize,
@@ -238,6 +244,8 @@ pub struct Shard {
     /// Of the store, as last published.
     counted: chunk::Counters,
     now: Instant,
+    /// When the trash is to be looked at.
+    trash_at: Instant,
     /// When a failed fetch is due again.
     fetch_at: Instant,
     boot_retry: boot::Retry,
@@ -332,6 +340,7 @@ impl Shard {
         }
         self.pace.turn(now, self.log.borrow().queued_records());
         self.tick();
+        self.trash_step(out);
         self.starved = false;
         loop {
             self.work(out);
@@ -376,6 +385,7 @@ impl Shard {
     pub fn deadline(&self) -> Instant {
         match self.state {
             State::Serving | State::Draining { .. } => {
+                let trash = if matches!(self.state, State::Serving) { self.trash_at } else { Instant::FAR };
                 let retry = if self.wants_buffers() { self.now.after_ms(RETRY_MS) } else { Instant::FAR };
                 let over = if let State::Draining { until, .. } = self.state {
                     until.max(self.now.after_ms(1))
@@ -389,6 +399,7 @@ impl Shard {
                     .min(self.log_write_deadline())
                     .min(self.next_tick)
                     .min(self.seal_at)
+                    .min(trash)
                     .min(self.fetch_at)
                     .min(retry)
                     .min(over)
@@ -500,7 +511,7 @@ impl Shard {
 
     /// Answer everything that is still owed.
     fn refuse_all(&mut self, outcome: Outcome, out: &mut Effects) {
-        for waiting in std::mem::take(&mut self.waiting).into_iter().map(|(_, w)| w.origin) {
+        for waiting in std::mem::take(&mut self.waiting).into_iter().filter_map(|(_, w)| w.origin) {
             reply(out, waiting, outcome);
         }
         let deferred = std::mem::take(&mut self.deferred).into_iter().map(|deferred| deferred.request);
@@ -512,7 +523,7 @@ impl Shard {
         }
         self.stop_mends(None, outcome, out);
         let parked = std::mem::take(&mut self.parked).into_iter().map(|(_, request)| request.origin);
-        let admin = std::mem::take(&mut self.admin).into_iter().map(|pending| pending.origin);
+        let admin = std::mem::take(&mut self.admin).into_iter().filter_map(|pending| pending.origin);
         for origin in parked.chain(admin).chain(self.members.give_up(None)) {
             reply(out, origin, outcome);
         }
@@ -560,11 +571,14 @@ impl Shard {
     #[must_use]
     pub fn status(&self) -> ShardStatus {
         let log = self.log.borrow();
+        let (kept, live): (Vec<_>, Vec<_>) = self.groups.iter().partition(|(_, group)| group.raft.retired() != 0);
+        let trashed = kept.into_iter().map(|(&id, _)| self.store.chunks_of(id)).sum::<u64>();
         ShardStatus {
             shard: self.config.shard,
-            copysets: self.groups.len() as u64,
-            leaders: self.groups.values().filter(|g| g.raft.is_leader_ready()).count() as u64,
-            chunks: self.store.chunk_count(),
+            copysets: live.len() as u64,
+            leaders: live.iter().filter(|(_, group)| group.raft.is_leader_ready()).count() as u64,
+            chunks: self.store.chunk_count() - trashed,
+            trashed,
             slots_free: self.store.spare_slots(),
             slots_unclaimed: self.extents.free_slots(),
             dirty_bytes: self.store.pinned_bytes(),

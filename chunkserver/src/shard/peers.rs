@@ -46,7 +46,7 @@ impl Shard {
             return;
         }
         let PeerMail { copyset: id, from, to, body } = mail;
-        let known = self.groups.get(&id).filter(|group| !group.damaged);
+        let known = self.groups.get(&id).filter(|group| !group.damaged && group.raft.retired() == 0);
         if known.is_none_or(|group| group.raft.peer() != to) {
             return self.metrics.add(Counter::PeerRefused, 1);
         }
@@ -90,7 +90,9 @@ impl Shard {
     /// This replica leads a copyset and may propose.
     #[must_use]
     pub fn leads(&self, id: CopysetId) -> bool {
-        self.groups.get(&id).is_some_and(|group| group.raft.is_leader_ready() && !group.damaged)
+        self.groups
+            .get(&id)
+            .is_some_and(|group| group.raft.is_leader_ready() && !group.damaged && group.raft.retired() == 0)
     }
 
     fn step(&mut self, id: CopysetId, message: Message) {

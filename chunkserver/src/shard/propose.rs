@@ -21,6 +21,9 @@ impl Shard {
             let broken = self.broken.contains(&request.copyset);
             return reply(out, request.origin, if broken { Outcome::CrcFail } else { Outcome::NoCopyset });
         };
+        if group.raft.retired() != 0 {
+            return reply(out, request.origin, Outcome::NoCopyset);
+        }
         if group.damaged {
             return reply(out, request.origin, Outcome::CrcFail);
         }
@@ -77,6 +80,7 @@ impl Shard {
             }
             let Some(Deferred { request, term }) = self.deferred.pop_front() else { return };
             match self.groups.get(&request.copyset) {
+                Some(group) if group.raft.retired() != 0 => reply(out, request.origin, Outcome::NoCopyset),
                 None => reply(out, request.origin, Outcome::NoCopyset),
                 Some(group) if !group.raft.is_leader_ready() || group.raft.term() != term => {
                     self.redirect(request.copyset, request.origin, out)
@@ -116,7 +120,7 @@ impl Shard {
             _ => (Bytes::new(), BlockCrcs::new()),
         };
         let pinned = payload.len();
-        let cookie = self.waiting.insert(Waiting { origin: request.origin, chunk, op, pinned }) as u64;
+        let cookie = self.waiting.insert(Waiting { origin: Some(request.origin), chunk, op, pinned }) as u64;
         self.in_flight_bytes += pinned;
         let Some(group) = self.groups.get_mut(&id) else { return };
         if let Err(error) = group.raft.propose(cookie, &header.encode(), &crcs, payload) {
@@ -168,7 +172,9 @@ impl Shard {
     pub(super) fn settle(&mut self, cookie: u64, outcome: Outcome, index: u64, out: &mut Effects) {
         let Some(waiting) = self.waiting.try_remove(cookie as usize) else { return };
         self.in_flight_bytes -= waiting.pinned;
-        out.replies.push(Reply { origin: waiting.origin, outcome, applied_index: index, data: ReplyData::None });
+        if let Some(origin) = waiting.origin {
+            out.replies.push(Reply { origin, outcome, applied_index: index, data: ReplyData::None });
+        }
     }
 }
 

@@ -74,8 +74,10 @@ pub enum AdminOp {
     CopysetStatus,
     /// State of all copysets of this shard.
     ListCopysets,
-    /// Destroy a copyset and free its chunks.
+    /// Destroy a copyset: into the trash, and if it is there out of it; its chunks are free then.
     DeleteCopyset,
+    /// What is in the trash of this shard.
+    ListTrash,
     /// Counters that only the shard knows (pool, log, dirty data).
     ShardStatus,
     /// Change who is in a copyset, or who leads it; asked of the leader.
@@ -236,8 +238,10 @@ pub struct ShardStatus {
     pub copysets: u64,
     /// Of them led here.
     pub leaders: u64,
-    /// Chunks.
+    /// Chunks, without those in the trash.
     pub chunks: u64,
+    /// Chunks of deleted copysets that are kept for a while.
+    pub trashed: u64,
     /// Free slots this shard holds in reserve.
     pub slots_free: u64,
     /// Free slots of the disk that no shard holds; the same number from every shard.

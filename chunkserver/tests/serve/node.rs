@@ -124,6 +124,7 @@ impl Node {
                 None => (Outcome::NoCopyset, ReplyData::None),
             },
             AdminOp::ListCopysets => (Outcome::Success, ReplyData::Copysets(self.copysets.values().cloned().collect())),
+            AdminOp::ListTrash => (Outcome::Success, ReplyData::Copysets(Vec::new())),
             AdminOp::DeleteCopyset => (Outcome::Failed, ReplyData::None),
             AdminOp::Members(op) => self.members(copyset, op),
             AdminOp::Checkpoint | AdminOp::CheckpointAll => (Outcome::Success, ReplyData::None),

@@ -49,6 +49,7 @@ fn copysets_and_status() {
     // Deleting one takes its chunks along.
     assert_eq!(lab.ask(&["copyset", "delete", "1:1"]), json!({"deleted": [1, 1]}));
     assert_eq!(server.client().read(1, 1, 0, BLOCK).0, super::client::NO_COPYSET);
+    assert_eq!(lab.ask(&["copyset", "delete", "1:1"]), json!({"deleted": [1, 1]}), "out of the trash");
     refused(&lab, &["copyset", "delete", "1:1"], "no such copyset");
     let out = lab.cli(&["copyset", "delete", "7:3"]);
     assert!(out.status.success() && text(&out.stdout).contains("deleted"));
@@ -59,7 +60,8 @@ fn copysets_and_status() {
     server.kill();
     let server = lab.start();
     assert_eq!(server.client().read(1, 1, 0, BLOCK).0, super::client::NO_CHUNK);
-    assert_eq!(lab.ask(&["copyset", "list"]).as_array().unwrap().len(), 2);
+    let list = lab.ask(&["copyset", "list"]);
+    assert_eq!(list.as_array().unwrap().iter().map(|c| &c["state"]).collect::<Vec<_>>(), ["leader", "leader", "trash"]);
 }
 
 #[test]

@@ -24,6 +24,7 @@ mod rot;
 mod slow;
 mod space;
 mod stop;
+mod trash;
 mod upgrade;
 mod upgrade_failures;
 #[path = "../serve/wire.rs"]

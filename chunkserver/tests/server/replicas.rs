@@ -290,6 +290,7 @@ fn a_replica_comes_and_goes() {
     let deleted = lab.ask(&["copyset", "delete", "1:1", "--node", &there]);
     assert_eq!(deleted["deleted"], serde_json::json!([1, 1]));
     assert!(nodes.status(2, 1).is_none(), "its replica is gone");
+    lab.ask(&["copyset", "delete", "1:1", "--node", &there]); // out of the trash
     assert!(!lab.cli(&["copyset", "delete", "1:1", "--node", &there]).status.success(), "there is none any more");
     let leader = nodes.leader(1, None);
     assert!(servers[leader].client().data(1, 5, 0, BLOCK) == pattern(1, BLOCK));

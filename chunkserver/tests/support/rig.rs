@@ -117,8 +117,16 @@ impl Rig {
         let payload = Arena::new(dirty_limit * 4).unwrap();
         let arenas =
             Arenas { payload: Arc::clone(&payload), work: Arena::new(64 << 20).unwrap(), all_payload: vec![payload] };
-        let config =
-            Config { shard: 0, peer: peer.0, dirty_limit, flush_age_ns: 5_000_000_000, election_ms: 1000, seed: 7 };
+        let config = Config {
+            shard: 0,
+            peer: peer.0,
+            dirty_limit,
+            flush_age_ns: 5_000_000_000,
+            election_ms: 1000,
+            trash_s: 0,
+            wall_s: 0,
+            seed: 7,
+        };
         let metrics = Arc::clone(shared.registry().shard(0).unwrap());
         let extents = ExtentPool::new(&layout);
         let shard = Shard::new(config, layout.clone(), arenas.clone(), extents, metrics, Instant(1)).unwrap();

@@ -166,6 +166,8 @@ impl Lab {
             dirty_limit: 1 << 20,
             flush_age_ns: 3_600_000_000_000,
             election_ms: 1000,
+            trash_s: 0,
+            wall_s: 0,
             seed: 1,
         };
         let extents = ExtentPool::new(&setup.layout);
