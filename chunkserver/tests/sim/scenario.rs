@@ -104,8 +104,7 @@ pub(crate) fn run_with(seed: u64, system: Box<dyn System>, canary: Option<Canary
     let mut run = Run { sim, history, rng, peer };
     let mut stuck = if run.sim.run(PATIENCE) { None } else { Some("clients or nemesis did not finish") };
     stuck = stuck.or_else(|| run.read_all(2));
-    // What a canary does shows before a disk that breaks its word is to blame.
-    if stuck.is_none() && canary.is_none() && run.rng.below(3) == 0 {
+    if stuck.is_none() && run.rng.below(3) == 0 {
         stuck = run.distrust(&nemesis);
     }
     let Run { sim, history, .. } = run;
