@@ -3,6 +3,7 @@
 mod crew;
 mod nebd;
 mod notify;
+mod sockets;
 mod take_over;
 mod upgrade;
 
@@ -13,7 +14,6 @@ use crate::config::Config;
 use crate::control::disk::Disk;
 use crate::control::server::{self, Setup as ControlSetup};
 use crate::control::shards::{Port, connect};
-use crate::io::ListenerId;
 use crate::io::buffer::Arena;
 use crate::io::uring::{self, Doorbells, RingCounters, Setup as RingSetup, Uring};
 use crate::limits::CHUNK_BYTES_MAX;
@@ -22,7 +22,7 @@ use crate::metrics::ProcessStats;
 use crate::metrics::text::{Var, Vars};
 use crate::nebd::server::Server as NebdServer;
 use crate::reactor::handover::{Pause, Stage};
-use crate::reactor::{Protocol, Reactor, Setup};
+use crate::reactor::{Reactor, Setup};
 use crate::service::{Info, Shared};
 use crate::shard::diskless::{Core, Diskless};
 use crate::shard::{self, Arenas, Shard};
@@ -30,16 +30,17 @@ use crate::volume::catalog::{Catalog, CatalogGate, CatalogStore, SharedCatalog};
 use anyhow::Context;
 use copyset::PeerId;
 use crew::{Begin, Client, Crew, Left};
-use socket2::{Domain, SockAddr, Socket, Type};
+use socket2::Socket;
+use sockets::{Sockets, unix};
 use std::collections::VecDeque;
 use std::io::IsTerminal;
 use std::net::{IpAddr, SocketAddr};
-use std::os::fd::{AsRawFd, RawFd};
+use std::os::fd::AsRawFd;
 use std::path::Path;
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 use take_over::Predecessor;
 use tracing_subscriber::filter::EnvFilter;
 use tracing_subscriber::layer::SubscriberExt;
@@ -50,7 +51,6 @@ pub const EXIT_DISK_FAILED: u8 = 74;
 /// Receive buffers of a shard: how many are offered, and their size.
 const RECV_BUFFERS: (u16, usize) = (64, 64 << 10);
 const RING_ENTRIES: u32 = 1024;
-const BACKLOG: i32 = 4096;
 
 /// What happens to a running server.
 enum Event {
@@ -407,88 +407,6 @@ fn shard_thread(mut seed: Seed, shared: &Arc<Shared>, events: &Sender<Event>) ->
         None if reactor.has_left() => Ok(Left::of(reactor.part())),
         None => Ok(Left::default()),
     }
-}
-
-/// The listening sockets of the process.
-struct Sockets {
-    all: Vec<(Socket, Protocol)>,
-    rpc_address: SocketAddr,
-}
-
-impl Sockets {
-    /// Those that are `inherited` are not made anew; what nobody wants of them is closed.
-    fn bind(config: &Config, wait: Duration, inherited: Vec<Socket>) -> anyhow::Result<Self> {
-        let until = Instant::now() + wait;
-        let mut inherited = Inherited(inherited);
-        let tcp = |address, until, from: &mut Inherited| from.tcp(address).map_or_else(|| tcp(address, until), Ok);
-        let unix = |path: &Path, from: &mut Inherited| from.unix(path).map_or_else(|| unix(path), Ok);
-        let rpc = tcp(config.listen, until, &mut inherited).with_context(|| format!("listen on {}", config.listen))?;
-        let rpc_address = rpc.local_addr()?.as_socket().context("an IP address")?;
-        let mut all = vec![(rpc, Protocol::Rpc)];
-        if let Some(address) = config.nbd_listen {
-            let socket = tcp(address, until, &mut inherited);
-            all.push((socket.with_context(|| format!("listen on {address}"))?, Protocol::Nbd));
-        }
-        if let Some(path) = &config.nbd_socket {
-            let socket = unix(path, &mut inherited);
-            all.push((socket.with_context(|| format!("listen on {}", path.display()))?, Protocol::Nbd));
-        }
-        if let Some(nebd) = &config.nebd {
-            let socket = inherited.unix(&nebd.socket).map_or_else(|| nebd::listen(&nebd.socket), Ok)?;
-            all.push((socket, Protocol::Nebd));
-        }
-        Ok(Self { all, rpc_address })
-    }
-    fn fds(&self) -> Vec<RawFd> {
-        self.all.iter().map(|s| s.0.as_raw_fd()).collect()
-    }
-    fn listeners(&self) -> Vec<(ListenerId, Protocol)> {
-        self.all.iter().zip(0..).map(|((_, protocol), i)| (ListenerId(i), *protocol)).collect()
-    }
-}
-
-/// Listening sockets of another process.
-struct Inherited(Vec<Socket>);
-
-impl Inherited {
-    fn take(&mut self, wanted: impl Fn(&SockAddr) -> bool) -> Option<Socket> {
-        let found = self.0.iter().position(|socket| socket.local_addr().is_ok_and(|address| wanted(&address)))?;
-        Some(self.0.swap_remove(found))
-    }
-    fn tcp(&mut self, address: SocketAddr) -> Option<Socket> {
-        self.take(|at| at.as_socket() == Some(address))
-    }
-    fn unix(&mut self, path: &Path) -> Option<Socket> {
-        self.take(|at| at.as_pathname() == Some(path))
-    }
-}
-
-/// An ended process may still hold the port for a moment: bind is retried (rule 2).
-fn tcp(address: SocketAddr, until: Instant) -> std::io::Result<Socket> {
-    let socket = Socket::new(Domain::for_address(address), Type::STREAM, None)?;
-    socket.set_reuse_address(true)?;
-    socket.set_tcp_nodelay(true)?; // inherited by accepted sockets
-    loop {
-        match socket.bind(&address.into()) {
-            Err(e) if e.kind() == std::io::ErrorKind::AddrInUse && Instant::now() < until => {
-                std::thread::sleep(Duration::from_millis(20));
-            }
-            other => break other?,
-        }
-    }
-    socket.listen(BACKLOG)?;
-    Ok(socket)
-}
-
-fn unix(path: &Path) -> std::io::Result<Socket> {
-    match std::fs::remove_file(path) {
-        Err(e) if e.kind() != std::io::ErrorKind::NotFound => return Err(e),
-        _ => {} // the lock on the disk says that no other server of this disk lives
-    }
-    let socket = Socket::new(Domain::UNIX, Type::STREAM, None)?;
-    socket.bind(&SockAddr::unix(path)?)?;
-    socket.listen(BACKLOG)?;
-    Ok(socket)
 }
 
 /// Part2's variables on the pages. Curve's tools take the process's command line from there, too.
