@@ -205,7 +205,8 @@ impl Target for Codecs {
         match which {
             0 => ConfState::decode(&bytes).is_ok_and(|conf| {
                 assert_eq!(conf.encode(), bytes, "one form only");
-                assert_eq!(ConfState::from_raft(&conf.to_raft(), conf.epoch), conf);
+                let raft = ConfState::from_raft(&conf.to_raft(), conf.epoch);
+                assert_eq!(ConfState { retired: conf.retired, ..raft }, conf, "raft does not know the trash");
                 true
             }),
             1 => decode_change(&bytes).is_ok_and(|change| {
