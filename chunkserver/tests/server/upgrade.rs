@@ -170,12 +170,14 @@ fn five_times_under_load() {
     lab.start().stop();
 }
 
+type Expect<'a> = Box<dyn Fn(&mut dyn ReadWrite) + 'a>;
+
 /// What a client has sent of a message when the process changes, what it sends later, and what must come of it.
 struct Half<'a> {
     what: String,
     stream: Box<dyn ReadWrite + 'a>,
     rest: Vec<u8>,
-    expect: Box<dyn Fn(&mut dyn ReadWrite) + 'a>,
+    expect: Expect<'a>,
 }
 
 trait ReadWrite: Read + Write {}
