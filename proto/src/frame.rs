@@ -150,6 +150,16 @@ impl HttpStart {
     }
 }
 
+/// A message that a decoder has begun: a fresh decoder that is given `bytes` is where the other one was (an attachment,
+/// and whatever is due for it, is the caller's); one made by [`Decoder::skipping`] if there is something to skip.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Begun {
+    /// Of the message, from its first byte; the meta may be written in another way than it was received.
+    pub bytes: Vec<u8>,
+    /// Bytes of a rejected frame still to come; its reject was told.
+    pub skip: usize,
+}
+
 /// Cuts a byte stream into frames.
 #[derive(Debug, Default)]
 pub struct Decoder {
@@ -214,6 +224,36 @@ impl Decoder {
     /// Whether the stream may end here without cutting a message short.
     pub fn is_idle(&self) -> bool {
         matches!(self.state, State::Header { len: 0, .. })
+    }
+
+    /// What another decoder must be told to be where this one is: see [`Begun`].
+    pub fn begun(&self) -> Begun {
+        let head =
+            |body: usize, meta: usize| [MAGIC, &(body as u32).to_be_bytes(), &(meta as u32).to_be_bytes()].concat();
+        match &self.state {
+            State::Header { bytes, len } => Begun { bytes: bytes.get(..*len).unwrap_or_default().to_vec(), skip: 0 },
+            State::Meta { body_size, meta_size } => {
+                Begun { bytes: [&head(*body_size, *meta_size), &self.buffer[..]].concat(), skip: 0 }
+            }
+            State::Message { meta, size, attachment_len } => {
+                let meta = meta.encode();
+                let head = head(meta.len() + size + attachment_len, meta.len());
+                Begun { bytes: [&head, &meta, &self.buffer[..]].concat(), skip: 0 }
+            }
+            State::Skip { left } => Begun { bytes: Vec::new(), skip: *left },
+            State::Attachment | State::Broken(_) => Begun::default(),
+        }
+    }
+
+    /// A decoder that passes over `left` bytes before the next message: the rest of a rejected frame.
+    pub fn skipping(left: usize) -> Self {
+        let state = if left == 0 { State::default() } else { State::Skip { left: left.min(MAX_BODY) } };
+        Self { state, buffer: BytesMut::new() }
+    }
+
+    /// A decoder whose caller consumes an attachment: [`Self::attachment_done`] ends it.
+    pub fn in_attachment() -> Self {
+        Self { state: State::Attachment, buffer: BytesMut::new() }
     }
 
     /// Bytes of memory this decoder holds.

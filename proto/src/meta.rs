@@ -71,6 +71,41 @@ impl RpcMeta {
         if meta.request.is_some() && !(names.service && names.method) { Err(NotProtobuf) } else { Ok(meta) }
     }
 
+    /// A meta that decodes to this one (fields at their default are left out, unknown ones are gone).
+    pub fn encode(&self) -> Vec<u8> {
+        let mut out = Vec::new();
+        if let Some(request) = &self.request {
+            let mut part = Vec::new();
+            put_bytes(&mut part, 0x0a, &request.service);
+            put_bytes(&mut part, 0x12, &request.method);
+            for (key, value) in [(0x18, request.log_id), (0x40, request.timeout_ms.map(i64::from))] {
+                if let Some(value) = value {
+                    part.push(key);
+                    put_varint(&mut part, value as u64);
+                }
+            }
+            put_bytes(&mut out, 0x0a, &part);
+        }
+        if let Some(response) = &self.response {
+            let mut part = vec![0x08];
+            put_varint(&mut part, i64::from(response.error_code) as u64);
+            put_bytes(&mut part, 0x12, &response.error_text);
+            put_bytes(&mut out, 0x12, &part);
+        }
+        for (key, value) in [
+            (0x18, i64::from(self.compress_type)),
+            (0x20, self.correlation_id),
+            (0x28, i64::from(self.attachment_size)),
+            (0x50, i64::from(self.content_type)),
+        ] {
+            if value != 0 {
+                out.push(key);
+                put_varint(&mut out, value as u64);
+            }
+        }
+        out
+    }
+
     /// Service and method as the caller wrote them; empty without a request part.
     pub fn names(&self) -> (&[u8], &[u8]) {
         self.request.as_ref().map_or((&[], &[]), |request| (&request.service, &request.method))
@@ -201,7 +236,39 @@ fn string_len(text: &str) -> usize {
 }
 
 fn put_string(out: &mut impl BufMut, key: u8, text: &str) {
+    put_bytes(out, key, text.as_bytes());
+}
+
+fn put_bytes(out: &mut impl BufMut, key: u8, bytes: &[u8]) {
     out.put_u8(key);
-    put_varint(out, text.len() as u64);
-    out.put_slice(text.as_bytes());
+    put_varint(out, bytes.len() as u64);
+    out.put_slice(bytes);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_encoded_meta_decodes_to_itself() {
+        let request = RequestMeta {
+            service: Bytes::from_static(b"a.B"),
+            method: Bytes::from_static(b"\xffC"),
+            log_id: Some(-1),
+            timeout_ms: Some(7),
+        };
+        let response = ResponseMeta { error_code: -5, error_text: Bytes::from_static(b"why") };
+        let plain = RpcMeta { request: Some(request.clone()), correlation_id: -9, ..RpcMeta::default() };
+        let odd = RpcMeta {
+            request: Some(RequestMeta { log_id: None, timeout_ms: None, ..request }),
+            response: Some(response),
+            compress_type: 2,
+            correlation_id: i64::MIN,
+            attachment_size: -4096,
+            content_type: 1,
+        };
+        for meta in [RpcMeta::default(), plain, odd] {
+            assert_eq!(RpcMeta::decode(&meta.encode().into()).ok(), Some(meta));
+        }
+    }
 }

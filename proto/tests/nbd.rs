@@ -291,3 +291,29 @@ proptest! {
         prop_assert!(whole == pieces);
     }
 }
+
+#[test]
+fn a_negotiation_begun_elsewhere_goes_on() {
+    let mut stream = 3u32.to_be_bytes().to_vec();
+    for (option, data) in
+        [(option::LIST, vec![]), (99, vec![7; 100]), (98, vec![7; MAX_OPTION + 50]), (option::ABORT, vec![])]
+    {
+        let length = u32::try_from(data.len()).expect("32 bits");
+        stream.extend([&b"IHAVEOPT"[..], &option.to_be_bytes(), &length.to_be_bytes(), &data].concat());
+    }
+    let take = |negotiation: &mut Negotiation, mut input: &[u8]| {
+        std::iter::from_fn(|| negotiation.step(&mut input).expect("a good stream")).collect::<Vec<_>>()
+    };
+    let whole = take(&mut Negotiation::new(), &stream);
+    assert_eq!(whole.len(), 4);
+    for cut in 0..=stream.len() {
+        let mut before = Negotiation::new();
+        let mut seen = take(&mut before, &stream[..cut]);
+        let begun = before.begun();
+        let mut after = Negotiation::new();
+        seen.extend(take(&mut after, &begun));
+        assert_eq!(after.no_zeroes(), cut >= 4);
+        seen.extend(take(&mut after, &stream[cut..]));
+        assert_eq!(seen, whole, "cut at {cut}");
+    }
+}

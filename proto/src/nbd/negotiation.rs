@@ -98,7 +98,7 @@ enum State {
     Flags { bytes: [u8; CLIENT_FLAGS_LEN], len: usize },
     Option { bytes: [u8; OPTION_LEN], len: usize },
     Data { option: u32, length: usize },
-    Skip { option: u32, left: usize },
+    Skip { option: u32, length: usize, left: usize },
     Broken(NegotiationError),
 }
 
@@ -123,6 +123,27 @@ impl Negotiation {
     /// Whether both sides agreed to leave out the zeros behind the reply to EXPORT_NAME.
     pub fn no_zeroes(&self) -> bool {
         self.no_zeroes
+    }
+
+    /// What a fresh negotiation must be given to be where this one is: the client's flags and what is here of an option
+    /// (zeros for data that is passed over). At most [`MAX_OPTION_SKIP`] bytes and a header.
+    pub fn begun(&self) -> Vec<u8> {
+        let flags = u32::from(FLAG_FIXED_NEWSTYLE) | if self.no_zeroes { u32::from(FLAG_NO_ZEROES) } else { 0 };
+        let flags = flags.to_be_bytes();
+        let header = |option: u32, length: usize| {
+            [&flags[..], &IHAVEOPT, &option.to_be_bytes(), &(length as u32).to_be_bytes()].concat()
+        };
+        match &self.state {
+            State::Flags { bytes, len } => bytes.get(..*len).unwrap_or_default().to_vec(),
+            State::Option { bytes, len } => [&flags, bytes.get(..*len).unwrap_or_default()].concat(),
+            State::Data { option, length } => [&header(*option, *length)[..], &self.data[..]].concat(),
+            State::Skip { option, length, left } => {
+                let mut begun = header(*option, *length);
+                begun.resize(begun.len() + (length - left), 0);
+                begun
+            }
+            State::Broken(_) => Vec::new(),
+        }
     }
 
     /// Takes bytes from the front of `input` until an option is complete; `None` when the input is used up before that.
@@ -168,7 +189,7 @@ impl Negotiation {
                 self.state = State::next_option();
                 parse(option, data).map(|found| Some(Some(found)))
             }
-            State::Skip { option, left } => {
+            State::Skip { option, left, .. } => {
                 let option = *option;
                 let count = (*left).min(input.len());
                 *input = input.get(count..).unwrap_or_default();
@@ -209,7 +230,7 @@ fn header(bytes: &[u8; OPTION_LEN]) -> Result<State, NegotiationError> {
         // Its only possible answer would be an export.
         Err(NegotiationError::BadName)
     } else if size <= MAX_OPTION_SKIP {
-        Ok(State::Skip { option, left: size })
+        Ok(State::Skip { option, length: size, left: size })
     } else {
         Err(NegotiationError::TooLong { option, length })
     }

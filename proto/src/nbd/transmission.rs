@@ -36,6 +36,22 @@ pub enum Command {
     Other(u16),
 }
 
+impl Command {
+    /// On the wire.
+    pub fn number(self) -> u16 {
+        match self {
+            Self::Read => 0,
+            Self::Write => 1,
+            Self::Disconnect => 2,
+            Self::Flush => 3,
+            Self::Trim => 4,
+            Self::Cache => 5,
+            Self::WriteZeroes => 6,
+            Self::Other(other) => other,
+        }
+    }
+}
+
 impl From<u16> for Command {
     fn from(number: u16) -> Self {
         match number {
@@ -86,6 +102,24 @@ impl Request {
             offset: be_u64(header, 16).unwrap_or(0),
             length: be_u32(header, 24).unwrap_or(0),
         })
+    }
+
+    /// The header, as [`Self::parse`] reads it.
+    pub fn encode(&self) -> [u8; REQUEST_LEN] {
+        let mut header = [0; REQUEST_LEN];
+        let (flags, command) = (self.flags.to_be_bytes(), self.command.number().to_be_bytes());
+        let fields: [&[u8]; 6] = [
+            &REQUEST_MAGIC.to_be_bytes(),
+            &flags,
+            &command,
+            &self.cookie.to_be_bytes(),
+            &self.offset.to_be_bytes(),
+            &self.length.to_be_bytes(),
+        ];
+        for (place, byte) in header.iter_mut().zip(fields.concat()) {
+            *place = byte;
+        }
+        header
     }
 
     /// Bytes of payload behind the header.
@@ -157,6 +191,11 @@ impl RequestDecoder {
     pub fn is_idle(&self) -> bool {
         self.len == 0
     }
+
+    /// The part of a header that is here; a fresh decoder that is given it is where this one is.
+    pub fn begun(&self) -> &[u8] {
+        self.header.get(..self.len).unwrap_or_default()
+    }
 }
 
 /// A simple reply; `error` is 0 or one of [`errno`]. The data of a READ without error follow it.
@@ -194,6 +233,7 @@ mod tests {
             let cookie = 0x0102_0304_0506_0708;
             assert_eq!(got, Request { flags, command: Command::Write, cookie, offset: 8192, length: 4096 });
             assert_eq!(got.payload_len(), 4096);
+            assert_eq!(got.encode(), WRITE);
             assert_eq!(second, b"payload");
             assert!(decoder.is_idle());
         }
