@@ -4,6 +4,7 @@
 //! from the turn, not from a knob.
 
 mod drain;
+pub mod handover;
 mod peers;
 mod routing;
 mod sockets;
@@ -21,6 +22,7 @@ use crate::service::{self, Context, Shared};
 use crate::shard::mail::PeerMail;
 use crate::shard::{Arenas, Effects, Failure, Shard};
 use crate::volume::catalog::SharedCatalog;
+use handover::{Handed, Pause, Stage};
 use routing::{Gather, Job, Waiting};
 use slab::Slab;
 use sockets::Conn;
@@ -118,6 +120,15 @@ pub struct Reactor<I: Io> {
     /// When stalled payloads may be looked for again.
     look_for_stalled: Instant,
     draining: Option<drain::Drain>,
+    /// Accepts in flight.
+    accepting: usize,
+    /// Connections to peers being made.
+    dialing: usize,
+    pause: Option<Arc<Pause>>,
+    stage: Stage,
+    part: Option<handover::Part>,
+    /// Connections of another process, until it has ended.
+    adopted: Vec<Handed>,
 }
 
 impl<I: Io> std::fmt::Debug for Reactor<I> {
@@ -166,6 +177,12 @@ impl<I: Io> Reactor<I> {
             starved: false,
             look_for_stalled: Instant(0),
             draining: None,
+            accepting: 0,
+            dialing: 0,
+            pause: None,
+            stage: Stage::Serve,
+            part: None,
+            adopted: Vec::new(),
             setup,
         }
     }
@@ -181,9 +198,9 @@ impl<I: Io> Reactor<I> {
         self.shard.failure().cloned().map_or(Ok(()), Err)
     }
 
-    /// Nothing is left to do: drained, or failed.
+    /// Nothing is left to do: drained, handed over, or failed.
     pub fn finished(&self) -> bool {
-        self.shard.stopped() || self.shard.failure().is_some()
+        self.left().unwrap_or_else(|| self.shard.stopped()) || self.shard.failure().is_some()
     }
 
     /// Why the disk is out of service, if it is.
@@ -210,11 +227,13 @@ impl<I: Io> Reactor<I> {
             self.completed(completion);
         }
         self.completions = completions;
+        self.look_at_stage();
         self.receive_mail();
         self.receive_control();
         self.fire_timers();
         self.accept_more();
         self.drain_step();
+        self.handover_step();
         self.consequences();
         self.peers_step();
         self.finish_sockets();
@@ -229,7 +248,7 @@ impl<I: Io> Reactor<I> {
             o if o == Owner::Disk as u64 => self.shard.completed(bits & 0xffff_ffff, completion, &mut self.effects),
             o if o == Owner::Accept as u64 => self.accepted(index, completion.done),
             o if o == Owner::Recv as u64 => self.received(index, serial, completion.done),
-            o if o == Owner::Send as u64 => self.sent(index, serial, &completion.done),
+            o if o == Owner::Send as u64 => self.sent(index, serial, completion.done),
             o if o == Owner::Close as u64 => self.closed(index, serial),
             o if o == Owner::Connect as u64 => self.linked(index, &completion.done),
             _ => assert!(matches!(completion.done, Done::Wake), "a completion without an owner: {completion:?}"),
@@ -302,7 +321,7 @@ impl<I: Io> Reactor<I> {
         if self.again {
             return self.io.now();
         }
-        let mut deadline = self.shard.deadline().min(self.peers.deadline());
+        let mut deadline = self.shard.deadline().min(self.peers.deadline()).min(self.handover_deadline());
         if let Some(std::cmp::Reverse((at, ..))) = self.timers.peek() {
             deadline = deadline.min(*at);
         }

@@ -184,6 +184,8 @@ pub enum Done {
     },
     /// Of [`Op::Send`].
     Send(Result<(), Errno>),
+    /// Of an [`Op::Send`] that [`Io::cancel`] cut short: what was not sent, in order.
+    SendCut(Vec<Bytes>),
     /// Of [`Op::Close`].
     Close,
     /// Another shard (or the control thread) sent a wake-up; no token of ours.
@@ -199,6 +201,15 @@ pub struct Completion {
     pub done: Done,
 }
 
+/// What [`Io::cancel`] ends.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Cancel {
+    /// Accepts, connects and receives.
+    Receives,
+    /// Sends.
+    Sends,
+}
+
 /// The kernel as a shard sees it.
 pub trait Io {
     /// Now; constant between two calls of `turn`.
@@ -210,4 +221,9 @@ pub trait Io {
     /// Start everything queued, wait until something completed or `deadline` passed, and append all completions to
     /// `out`. One system call.
     fn turn(&mut self, deadline: Instant, out: &mut Vec<Completion>);
+
+    /// Make the socket operations of a kind that are in flight end soon: each completes with ECANCELED
+    /// ([`Done::SendCut`]), or as it would have. No byte is lost. Needed for a hand-over only; an implementation without
+    /// it lets them be.
+    fn cancel(&mut self, _what: Cancel) {}
 }

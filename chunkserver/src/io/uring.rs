@@ -8,12 +8,12 @@
 //! buffer from a provided-buffer ring, so a waiting receive owns no memory.
 
 use crate::io::buffer::{Arena, BLOCK, PoolBuf, RecvBuf};
-use crate::io::{Completion, ConnId, Done, Errno, Instant, Io, Op, Token};
+use crate::io::{Cancel, Completion, ConnId, Done, Errno, Instant, Io, Op, Token};
 use bytes::Bytes;
 use io_uring::types::{BufRingEntry, Fd, Fixed, FsyncFlags, SubmitArgs, Timespec};
 use io_uring::{IoUring, cqueue, opcode, squeue};
 use smallvec::SmallVec;
-use std::os::fd::{AsRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicI32, AtomicU16, AtomicU64, Ordering};
 
@@ -70,6 +70,7 @@ pub fn probe() -> Result<(), SetupError> {
         (opcode::SendMsg::CODE, "SENDMSG"),
         (opcode::Shutdown::CODE, "SHUTDOWN"),
         (opcode::MsgRingData::CODE, "MSG_RING"),
+        (opcode::AsyncCancel::CODE, "ASYNC_CANCEL"),
     ] {
         if !probe.is_supported(code) {
             return Err(SetupError::TooOld(name));
@@ -154,8 +155,8 @@ enum Kind {
     Sync,
     Accept,
     Connect(Box<connect::Connecting>),
-    Recv,
-    RecvInto(Option<PoolBuf>),
+    Recv(ConnId),
+    RecvInto(ConnId, Option<PoolBuf>),
     /// `life`: see [`Uring::lives`].
     Send {
         conn: ConnId,
@@ -219,6 +220,11 @@ pub struct Uring {
     /// By descriptor: how many connections of that number were closed here. A send that the kernel cut short may only
     /// go on while its connection is open: after the close the number may be another client's.
     lives: Vec<u32>,
+    /// Sends were cancelled: one that the kernel cut short does not go on.
+    sends_cut: bool,
+    /// The event fd is being read; it is not read again.
+    watching: bool,
+    retiring: bool,
     now: Instant,
     counters: Arc<RingCounters>,
 }
@@ -263,6 +269,9 @@ impl Uring {
             doorbells: setup.doorbells,
             doorbell_value: std::mem::ManuallyDrop::new(Box::new(0)),
             lives: Vec::new(),
+            sends_cut: false,
+            watching: false,
+            retiring: false,
             now: clock(),
             counters: Arc::default(),
             ring,
@@ -277,7 +286,26 @@ impl Uring {
         Arc::clone(&self.counters)
     }
 
+    /// Give a connection out of this ring's hands, open as it is.
+    ///
+    /// # Panics
+    /// If an operation on it is in flight.
+    pub fn release(&mut self, conn: ConnId) -> OwnedFd {
+        let busy = |flight: &Flight| match flight.kind {
+            Kind::Recv(on) | Kind::RecvInto(on, _) | Kind::Send { conn: on, .. } => on == conn,
+            _ => false,
+        };
+        let idle = self.in_flight == 0 || !self.flights.iter().any(|flight| busy(flight));
+        assert!(idle, "a connection is released in the middle of something");
+        // SAFETY: a `ConnId` is the descriptor of an accepted connection that nobody else owns; with nothing in flight
+        // on it, and its session gone, the caller is its only user.
+        unsafe { OwnedFd::from_raw_fd(conn.0) }
+    }
+
     fn watch_doorbell(&mut self) {
+        if std::mem::replace(&mut self.watching, !self.retiring) || self.retiring {
+            return;
+        }
         let event = Fd(self.doorbells.events[usize::from(self.shard)].as_raw_fd());
         let entry = opcode::Read::new(event, std::ptr::from_mut(&mut **self.doorbell_value).cast(), 8);
         self.push(&entry.build().user_data(DOORBELL));
@@ -444,6 +472,7 @@ impl Uring {
                 WAKE => out.push(Completion { token: Token(0), done: Done::Wake }),
                 DOORBELL => {
                     watch = true;
+                    self.watching = false;
                     out.push(Completion { token: Token(0), done: Done::Wake });
                 }
                 slot => {
@@ -453,7 +482,7 @@ impl Uring {
                         Kind::Send { conn, life, .. } => self.lives.get(conn.0 as usize).copied().unwrap_or(0) == life,
                         _ => true,
                     };
-                    match finish(flight, &entry, &mut self.recv, open) {
+                    match finish(flight, &entry, &mut self.recv, open, self.sends_cut) {
                         Some(done) => {
                             out.push(Completion { token: flight.token, done });
                             flight.kind = Kind::Free;
@@ -478,7 +507,7 @@ impl Uring {
 }
 
 /// Turn a kernel completion into ours; `None` = a short send that goes on.
-fn finish(flight: &mut Flight, entry: &cqueue::Entry, recv: &mut RecvRing, open: bool) -> Option<Done> {
+fn finish(flight: &mut Flight, entry: &cqueue::Entry, recv: &mut RecvRing, open: bool, cut: bool) -> Option<Done> {
     let result = entry.result();
     let errno = || Errno(-result);
     let whole = |len: usize| {
@@ -500,17 +529,23 @@ fn finish(flight: &mut Flight, entry: &cqueue::Entry, recv: &mut RecvRing, open:
         Kind::Sync => Done::Sync(whole(0)),
         Kind::Accept => Done::Accept(if result < 0 { Err(errno()) } else { Ok(ConnId(result)) }),
         Kind::Connect(connecting) => Done::Connect(connecting.finish(result)),
-        Kind::Recv => {
+        Kind::Recv(_) => {
             // Whatever the result: a buffer that was used up is ours again.
             let buf = cqueue::buffer_select(entry.flags()).map(|id| recv.take(id, result.max(0) as usize));
             Done::Recv(if result < 0 { Err(errno()) } else { Ok(buf.unwrap_or_else(|| RecvBuf::new(Bytes::new()))) })
         }
-        Kind::RecvInto(buf) => Done::RecvInto {
+        Kind::RecvInto(_, buf) => Done::RecvInto {
             buf: buf.take().expect("a receive owns its buffer"),
             result: if result < 0 { Err(errno()) } else { Ok(result as usize) },
         },
         Kind::Send { len, sent, .. } => {
-            if result < 0 {
+            if cut && open && (result > 0 || result == -libc::ECANCELED) {
+                *sent += result.max(0) as usize;
+                if *sent < *len {
+                    return Some(Done::SendCut(leave::without(&mut flight.bufs, *sent)));
+                }
+                Done::Send(Ok(()))
+            } else if result < 0 {
                 Done::Send(Err(errno()))
             } else {
                 *sent += result as usize;
@@ -637,14 +672,14 @@ impl Io for Uring {
             }
             Op::Connect { address, timeout_ms } => self.submit_connect(token, &address, timeout_ms),
             Op::Recv { conn } => {
-                let slot = self.take(token, Kind::Recv);
+                let slot = self.take(token, Kind::Recv(conn));
                 let entry = opcode::Recv::new(Fd(conn.0), std::ptr::null_mut(), 0).buf_group(RECV_GROUP).build();
                 self.push(&entry.flags(squeue::Flags::BUFFER_SELECT).user_data(u64::from(slot)));
             }
             Op::RecvInto { conn, mut buf, filled } => {
                 let rest = &mut buf[filled..];
                 let entry = opcode::Recv::new(Fd(conn.0), rest.as_mut_ptr(), rest.len() as u32).build();
-                let slot = self.take(token, Kind::RecvInto(Some(buf)));
+                let slot = self.take(token, Kind::RecvInto(conn, Some(buf)));
                 self.push(&entry.user_data(u64::from(slot)));
             }
             Op::Send { conn, bufs } => self.submit_send(token, conn, bufs),
@@ -660,6 +695,10 @@ impl Io for Uring {
         self.enter(wait);
         self.now = clock();
         self.reap(out);
+    }
+
+    fn cancel(&mut self, what: Cancel) {
+        self.cancel_in_flight(what);
     }
 }
 
@@ -679,5 +718,6 @@ impl Drop for Uring {
 }
 
 mod connect;
+mod leave;
 #[cfg(test)]
 mod tests;

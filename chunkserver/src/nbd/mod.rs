@@ -12,7 +12,7 @@ mod payload;
 pub mod session;
 
 pub use outbox::SEND_BUFS_MAX;
-pub use session::{CloseReason, Limits, NbdEvent, Progress, Session};
+pub use session::{CloseReason, Limits, NbdEvent, Progress, Saved, Session};
 
 #[cfg(test)]
 mod tests;

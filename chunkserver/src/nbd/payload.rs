@@ -50,6 +50,14 @@ impl PayloadReceiver {
         self.ready
     }
 
+    /// What is here, in order. Not to be called while a buffer is lent.
+    pub(super) fn received(&self) -> Vec<u8> {
+        let mut bytes: Vec<u8> = self.ready.iter().flat_map(|payload| payload.data.iter().copied()).collect();
+        let current = self.left.last().and_then(|buf| buf.get(..self.filled));
+        bytes.extend_from_slice(current.unwrap_or_default());
+        bytes
+    }
+
     /// Consume what belongs to the payload.
     pub(super) fn take(&mut self, input: &mut &[u8]) {
         while let Some(buf) = self.left.last_mut().filter(|_| !self.lent) {

@@ -8,6 +8,10 @@
 //! is at most its byte limit plus one request and one list of exports; payload buffers are taken all at once or not at
 //! all; after an error the session is dead and the connection must be closed.
 
+mod saved;
+
+pub use saved::Saved;
+
 use super::export::{self, FLAGS, errno_of};
 use super::outbox::{Outbox, SEND_BUFS_MAX};
 use super::payload::PayloadReceiver;

@@ -124,11 +124,15 @@ impl<I: Io> Reactor<I> {
 
     /// At the end of a turn: what the links want done.
     pub(super) fn peers_step(&mut self) {
+        if self.is_alone() {
+            return;
+        }
         let now = self.io.now();
         self.peers.poll(now, &mut self.peer_events);
         while let Some(event) = self.peer_events.pop_front() {
             match event {
                 PeerEvent::Dial { link, address, timeout_ms } => {
+                    self.dialing += 1;
                     self.io.submit(token(Owner::Connect, 0, link), Op::Connect { address, timeout_ms });
                 }
                 PeerEvent::Close(link) => {
@@ -169,7 +173,8 @@ impl<I: Io> Reactor<I> {
     /// A connection attempt ended.
     pub(super) fn linked(&mut self, link: usize, done: &Done) {
         let Done::Connect(result) = *done else { unreachable!("a connect came back as {done:?}") };
-        let wanted = self.peers.dialed(self.io.now(), link, result.is_ok(), &mut self.peer_events);
+        self.dialing -= 1;
+        let wanted = !self.is_alone() & self.peers.dialed(self.io.now(), link, result.is_ok(), &mut self.peer_events);
         match result {
             Ok(conn) if wanted => {
                 let index = self.add(conn, Session::Link(link));

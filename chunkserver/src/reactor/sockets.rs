@@ -3,6 +3,7 @@
 //! A connection stays in its slot until every operation on it has come back, so a slot's completions never reach a
 //! later connection. A client that stalls or does not read its replies only makes its own connection wait.
 
+use super::handover::Stage;
 use super::{Owner, Protocol, Reactor, token};
 use crate::io::buffer::{PoolBuf, RecvBuf};
 use crate::io::{ConnId, Done, Errno, Instant, Io, ListenerId, Op};
@@ -10,6 +11,7 @@ use crate::metrics::Counter;
 use crate::nbd;
 use crate::peer;
 use crate::rpc;
+use bytes::Bytes;
 
 /// Accepts in flight per listener.
 const ACCEPTS: usize = 4;
@@ -43,6 +45,8 @@ pub(super) struct Conn {
     /// When bytes last arrived.
     moved: Instant,
     sending: bool,
+    /// What a send that was cut off did not send.
+    unsent: Vec<Bytes>,
     listed: bool,
     touched: bool,
     /// To be closed; nothing more is read or sent.
@@ -63,6 +67,35 @@ impl Conn {
     }
     pub(super) fn is_nbd(&self) -> bool {
         matches!(self.session, Session::Nbd(_))
+    }
+    pub(super) fn is_client(&self) -> bool {
+        matches!(self.session, Session::Rpc(_) | Session::Nbd(_))
+    }
+    pub(super) fn is_sending(&self) -> bool {
+        self.sending
+    }
+    /// Has answers to send.
+    pub(super) fn owes_bytes(&self) -> bool {
+        match &self.session {
+            Session::Rpc(c) => c.backlog_bytes() > 0,
+            Session::Nbd(s) => s.backlog_bytes() > 0,
+            Session::Peer(_) | Session::Link(_) => false,
+        }
+    }
+    /// Owes nothing but bytes, and no more of the client's can arrive.
+    pub(super) fn is_held(&self) -> bool {
+        match &self.session {
+            _ if self.doomed => true,
+            Session::Rpc(c) => !self.receiving && c.requests() == 0,
+            Session::Nbd(s) => !self.receiving && s.requests_in_flight() == 0,
+            Session::Peer(_) | Session::Link(_) => true,
+        }
+    }
+    /// Socket, session, what was received and not used, what was cut off.
+    pub(super) fn dismantled(self) -> (ConnId, Session, Bytes, Vec<Bytes>) {
+        let rest =
+            self.input.map_or_else(Bytes::new, |(data, at)| Bytes::copy_from_slice(data.get(at..).unwrap_or_default()));
+        (self.id, self.session, rest, self.unsent)
     }
     /// In the middle of a payload, with memory for all of it.
     fn holds_payload(&self) -> bool {
@@ -87,7 +120,8 @@ impl<I: Io> Reactor<I> {
     /// Arm the listeners at start and after a pause.
     pub(super) fn accept_more(&mut self) {
         let due = self.accept_again.is_some_and(|at| at <= self.io.now());
-        if !due || !self.shard.serving() {
+        let may = self.shard.serving() && self.stage == Stage::Serve && self.accepting == 0;
+        if !due || !may {
             if due {
                 self.accept_again = Some(self.io.now().after_ms(1)); // not before start-up is over
             }
@@ -96,6 +130,7 @@ impl<I: Io> Reactor<I> {
         self.accept_again = None;
         for (i, &(listener, _)) in self.setup.listeners.iter().enumerate() {
             for _ in 0..ACCEPTS {
+                self.accepting += 1;
                 self.io.submit(token(Owner::Accept, 0, i), Op::Accept { listener });
             }
         }
@@ -106,6 +141,7 @@ impl<I: Io> Reactor<I> {
 
     pub(super) fn accepted(&mut self, index: usize, done: Done) {
         let Some(&(listener, protocol)) = self.setup.listeners.get(index) else { return };
+        self.accepting -= 1;
         match done {
             Done::Accept(Ok(conn)) => {
                 self.context.metrics().add(Counter::Accepted, 1);
@@ -117,6 +153,7 @@ impl<I: Io> Reactor<I> {
                 }
                 self.accept_one(index, listener);
             }
+            Done::Accept(Err(Errno(libc::ECANCELED))) => {} // a hand-over; `accept_more` begins anew
             Done::Accept(Err(error)) => {
                 if self.draining.is_none() {
                     tracing::debug!(%error, "accept failed");
@@ -130,7 +167,8 @@ impl<I: Io> Reactor<I> {
     }
 
     fn accept_one(&mut self, index: usize, listener: ListenerId) {
-        if self.draining.is_none() {
+        if self.draining.is_none() && !self.is_holding() {
+            self.accepting += 1;
             self.io.submit(token(Owner::Accept, 0, index), Op::Accept { listener });
         }
     }
@@ -165,6 +203,7 @@ impl<I: Io> Reactor<I> {
             receiving: false,
             moved: self.io.now(),
             sending: false,
+            unsent: Vec::new(),
             listed: false,
             touched: false,
             doomed: false,
@@ -193,7 +232,7 @@ impl<I: Io> Reactor<I> {
         match done {
             Done::Recv(Ok(data)) => self.input(index, data),
             // Every receive buffer is in use; they come back within the turn.
-            Done::Recv(Err(Errno(libc::ENOBUFS | libc::EINTR | libc::EAGAIN))) => self.again = true,
+            Done::Recv(Err(Errno(libc::ENOBUFS | libc::EINTR | libc::EAGAIN | libc::ECANCELED))) => self.again = true,
             Done::Recv(Err(_)) => self.doom(index),
             Done::RecvInto { buf, result } => self.input_direct(index, buf, result),
             other => unreachable!("a receive came back as {other:?}"),
@@ -206,8 +245,27 @@ impl<I: Io> Reactor<I> {
             return self.doom(index); // half-closed peers are treated as gone, as brpc does
         }
         self.context.metrics().add(Counter::BytesIn, data.len() as u64);
+        // It may have to wait: a held connection keeps none of the few receive buffers, peers need them.
+        let held = matches!(self.stage, Stage::Hold | Stage::Leave) && conn.is_client();
+        let data = if held { RecvBuf::new(Bytes::copy_from_slice(&data)) } else { data };
         conn.input = Some((data, 0));
         self.parse(index);
+    }
+
+    /// Bytes that another process received.
+    pub(super) fn give_input(&mut self, index: usize, data: RecvBuf) {
+        let Some(conn) = self.conns.get_mut(index) else { return };
+        conn.input = Some((data, 0));
+        self.wait_for_input(index);
+    }
+
+    /// Look again at what a connection has received.
+    pub(super) fn wait_for_input(&mut self, index: usize) {
+        let Some(conn) = self.conns.get_mut(index) else { return };
+        if conn.input.is_some() && !std::mem::replace(&mut conn.listed, true) {
+            self.unread.push(index);
+        }
+        self.touch(index);
     }
 
     fn input_direct(&mut self, index: usize, buf: PoolBuf, result: Result<usize, Errno>) {
@@ -215,7 +273,7 @@ impl<I: Io> Reactor<I> {
         let Some(conn) = self.conns.get_mut(index) else { return };
         let added = match result {
             Ok(added) => added,
-            Err(Errno(libc::EINTR | libc::EAGAIN)) => 0,
+            Err(Errno(libc::EINTR | libc::EAGAIN | libc::ECANCELED)) => 0,
             Err(_) => return self.doom(index),
         };
         if added == 0 && result.is_ok() {
@@ -227,7 +285,7 @@ impl<I: Io> Reactor<I> {
             Session::Nbd(s) => s.direct_done(now, buf, added, &mut self.nbd_events),
             Session::Peer(p) => {
                 p.direct_done(buf, added);
-                conn.input = Some((RecvBuf::new(bytes::Bytes::new()), 0));
+                conn.input = Some((RecvBuf::new(Bytes::new()), 0));
                 return self.parse(index);
             }
             Session::Link(_) => {}
@@ -242,8 +300,11 @@ impl<I: Io> Reactor<I> {
 
     /// True if there is more to parse, now that what came of it so far is begun.
     fn parse_some(&mut self, index: usize) -> bool {
-        let now = self.io.now();
+        let (now, holding) = (self.io.now(), self.is_holding());
         let Some(conn) = self.conns.get_mut(index) else { return false };
+        if holding && conn.is_client() {
+            return false;
+        }
         let Some((data, at)) = conn.input.take().filter(|_| !conn.doomed) else { return false };
         let mut rest = data.get(at..).unwrap_or_default();
         let arena = &self.setup.arenas.payload;
@@ -281,7 +342,7 @@ impl<I: Io> Reactor<I> {
         } else if waits {
             // A connection that waits keeps none of the few receive buffers: the others need them.
             let kept = if data.is_pooled() {
-                (RecvBuf::new(bytes::Bytes::copy_from_slice(rest)), 0)
+                (RecvBuf::new(Bytes::copy_from_slice(rest)), 0)
             } else {
                 let at = data.len() - rest.len();
                 (data, at)
@@ -349,7 +410,11 @@ impl<I: Io> Reactor<I> {
     }
 
     fn start_send(&mut self, index: usize) {
+        let cut = self.is_cut();
         let Some(conn) = self.conns.get_mut(index).filter(|c| !c.sending && !c.doomed) else { return };
+        if cut && conn.is_client() {
+            return;
+        }
         let (bufs, finished) = match &mut conn.session {
             Session::Rpc(c) => (c.take_send(SEND_BUFS), c.is_finished()),
             Session::Nbd(s) => (s.take_send().into_iter().collect(), s.is_finished()),
@@ -361,15 +426,20 @@ impl<I: Io> Reactor<I> {
             return;
         }
         conn.sending = true;
-        let bytes: usize = bufs.iter().map(bytes::Bytes::len).sum();
+        let bytes: usize = bufs.iter().map(Bytes::len).sum();
         self.context.metrics().add(Counter::BytesOut, bytes as u64);
         self.io.submit(token(Owner::Send, conn.serial, index), Op::Send { conn: conn.id, bufs });
     }
 
     fn start_receive(&mut self, index: usize) {
-        let stop_nbd = self.draining.is_some();
+        let (stop_nbd, holding) = (self.draining.is_some(), self.is_holding());
         let Some(conn) = self.conns.get_mut(index) else { return };
-        if conn.doomed || conn.receiving || conn.input.is_some() || (stop_nbd && conn.is_nbd()) {
+        if (holding && conn.is_client())
+            || conn.doomed
+            || conn.receiving
+            || conn.input.is_some()
+            || (stop_nbd && conn.is_nbd())
+        {
             return;
         }
         let (may, direct) = match &mut conn.session {
@@ -398,13 +468,13 @@ impl<I: Io> Reactor<I> {
             Session::Link(_) => false,
         };
         if hungry && !std::mem::replace(&mut conn.listed, true) {
-            conn.input = Some((RecvBuf::new(bytes::Bytes::new()), 0));
+            conn.input = Some((RecvBuf::new(Bytes::new()), 0));
             self.unread.push(index);
             self.starved = true;
         }
     }
 
-    pub(super) fn sent(&mut self, index: usize, serial: u32, done: &Done) {
+    pub(super) fn sent(&mut self, index: usize, serial: u32, done: Done) {
         let Some(conn) = self.conns.get_mut(index).filter(|c| c.serial == serial) else { return };
         conn.sending = false;
         match &mut conn.session {
@@ -414,8 +484,10 @@ impl<I: Io> Reactor<I> {
             Session::Link(_) if conn.doomed => {} // the link has forgotten this connection
             Session::Link(link) => self.peers.sent(*link),
         }
-        if matches!(done, Done::Send(Err(_))) {
-            self.doom(index);
+        match done {
+            Done::SendCut(rest) if conn.is_client() => conn.unsent = rest,
+            Done::Send(Err(_)) | Done::SendCut(_) => self.doom(index),
+            _ => {}
         }
         self.touch(index);
     }

@@ -8,6 +8,10 @@
 //!   what it can make us hold is bounded by `limits.rs`.
 //! * Bytes nobody can use are passed over, never stored.
 
+mod saved;
+
+pub use saved::Saved;
+
 use super::http::{HttpParser, HttpRequest};
 use super::outbox::{Outbox, SendBufs};
 use super::payload::{Attachment, Fill};

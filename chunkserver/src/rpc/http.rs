@@ -27,6 +27,8 @@ pub struct HttpParser {
     head: Vec<u8>,
     /// Set when the head is complete: the request, and how much of its body is still to come.
     body: Option<(HttpRequest, usize)>,
+    /// The head it was parsed from, and how much of its body was passed over.
+    parsed: (Vec<u8>, usize),
 }
 
 impl HttpParser {
@@ -39,6 +41,7 @@ impl HttpParser {
         let skip = (*missing).min(input.len());
         *input = input.get(skip..).unwrap_or_default();
         *missing -= skip;
+        self.parsed.1 += skip;
         if *missing > 0 && request.problem.is_none() {
             return None;
         }
@@ -48,7 +51,20 @@ impl HttpParser {
     /// Bytes it holds.
     #[must_use]
     pub fn held(&self) -> usize {
-        self.head.capacity()
+        self.head.capacity() + self.parsed.0.capacity()
+    }
+
+    /// What a fresh parser must be given to be where this one is; zeros stand for what was passed over of a body.
+    #[must_use]
+    pub fn begun(&self) -> Vec<u8> {
+        match &self.body {
+            None => self.head.clone(),
+            Some(_) => {
+                let (mut bytes, passed) = self.parsed.clone();
+                bytes.resize(bytes.len() + passed, 0);
+                bytes
+            }
+        }
     }
 
     fn take_head(&mut self, input: &mut &[u8]) -> Option<()> {
@@ -62,8 +78,10 @@ impl HttpParser {
         match end {
             Some(end) => {
                 *input = input.get(end - before..)?;
-                let head = std::mem::take(&mut self.head);
-                self.body = Some(parse_head(head.get(..end)?));
+                let mut head = std::mem::take(&mut self.head);
+                head.truncate(end);
+                self.body = Some(parse_head(&head));
+                self.parsed = (head, 0);
                 Some(())
             }
             None if self.head.len() == HTTP_HEAD_BYTES_MAX => {

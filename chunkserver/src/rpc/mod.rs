@@ -10,7 +10,7 @@ pub mod outbox;
 pub mod payload;
 
 pub use connection::{
-    Call, CloseReason, Connection, Greeting, Incoming, MethodId, Options, Out, Progress, Reject, Route,
+    Call, CloseReason, Connection, Greeting, Incoming, MethodId, Options, Out, Progress, Reject, Route, Saved,
 };
 pub use http::{HttpReply, HttpRequest};
 pub use payload::Attachment;

@@ -76,6 +76,12 @@ impl Fill {
         self.len - self.filled
     }
 
+    /// What is here of the payload. Not to be called while the buffer is lent.
+    #[must_use]
+    pub fn received(&self) -> &[u8] {
+        self.buf.as_ref().and_then(|buf| buf.get(..self.filled)).unwrap_or_default()
+    }
+
     /// Copy from the front of `input`.
     pub fn take(&mut self, input: &mut &[u8]) {
         let buf = self.buf.as_mut().expect("bytes arrived while the kernel was receiving into the payload buffer");

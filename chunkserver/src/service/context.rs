@@ -107,6 +107,11 @@ impl Shared {
     pub fn set_loaded(&self) {
         self.loaded.store(true, Ordering::Release);
     }
+    /// Every local copyset has finished loading.
+    #[must_use]
+    pub fn is_loaded(&self) -> bool {
+        self.loaded.load(Ordering::Acquire)
+    }
     /// Chunk requests in flight.
     #[must_use]
     pub fn inflight(&self) -> usize {

@@ -48,6 +48,12 @@ impl Fences {
         Update::Done
     }
 
+    /// All that are known.
+    #[must_use]
+    pub fn known(&self) -> Vec<(u64, u64)> {
+        self.lock().iter().map(|(&file, &epoch)| (file, epoch)).collect()
+    }
+
     /// Take over many, each unless a higher one is known (the `epochMap` of a registration).
     pub fn learn(&self, epochs: impl IntoIterator<Item = (u64, u64)>) {
         let mut map = self.lock();

@@ -17,7 +17,7 @@ mod table;
 
 pub use context::{Context, Info, Shared};
 pub use fence::Fences;
-pub use table::route;
+pub use table::{names, route};
 
 use crate::io::Instant;
 use crate::metrics::Counter;

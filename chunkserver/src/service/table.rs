@@ -172,6 +172,12 @@ pub fn route(service: &[u8], method: &[u8]) -> Route {
     Route::Unknown(if known || dotted { code::ENOMETHOD } else { code::ENOSERVICE })
 }
 
+/// Its service and its name.
+#[must_use]
+pub fn names(id: MethodId) -> Option<(&'static str, &'static str)> {
+    OFFERED.get(usize::from(id.0)).map(|line| (line.service, line.method))
+}
+
 /// Who serves it.
 pub(super) fn method(id: MethodId) -> Option<Method> {
     OFFERED.get(usize::from(id.0)).map(|line| line.serve)

@@ -419,6 +419,24 @@ impl Shard {
         self.flush.next = self.now;
     }
 
+    /// Write-back rounds so far, and bytes not written back.
+    #[must_use]
+    pub fn write_back(&self) -> (u64, u64) {
+        (self.store.counters().rounds, self.store.pinned_bytes())
+    }
+
+    /// Every copyset that needs nobody's consent leads (those out of service excepted).
+    #[must_use]
+    pub fn leads_alone(&self) -> bool {
+        self.groups.values().all(|group| group.damaged || group.raft.needs_ticks() || group.raft.is_leader_ready())
+    }
+
+    /// None of its disk operations is in flight.
+    #[must_use]
+    pub fn is_idle(&self) -> bool {
+        self.tasks.is_empty()
+    }
+
     /// Draining is over.
     #[must_use]
     pub fn stopped(&self) -> bool {

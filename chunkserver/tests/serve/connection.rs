@@ -2,10 +2,11 @@
 
 use super::node::{CHUNK_SIZE, Node};
 use super::wire::{CHUNK, Message, chunk, request, responses};
+use bytes::Bytes;
 use chunkserver::io::buffer::Arena;
 use chunkserver::limits::CONNECTION_BYTES_MAX;
 use chunkserver::rpc::{Attachment, CloseReason, Connection, Incoming, Options, Out, Progress};
-use chunkserver::service::route;
+use chunkserver::service::{names, route};
 use proptest::prelude::*;
 use std::sync::Arc;
 
@@ -54,7 +55,10 @@ fn everything() -> Vec<u8> {
 
 /// Feed the pieces; an HTTP request is answered at once, so that what is behind it goes on.
 fn feed<'a>(pieces: impl Iterator<Item = &'a [u8]>, arena: &Arc<Arena>) -> Vec<String> {
-    let mut connection = connection();
+    feed_to(&mut connection(), pieces, arena)
+}
+
+fn feed_to<'a>(connection: &mut Connection, pieces: impl Iterator<Item = &'a [u8]>, arena: &Arc<Arena>) -> Vec<String> {
     let mut seen = Vec::new();
     for mut piece in pieces {
         loop {
@@ -83,6 +87,38 @@ fn every_kind_of_message_is_understood() {
     assert!(seen[2].contains("Dropped(100)") && seen[5].contains("Dropped(300)"));
     assert!(seen[4].contains("code: 1001") && seen[6].contains("code: 1003"));
     assert_eq!(arena.free_bytes(), arena.size());
+}
+
+/// A hand-over in the middle of anything.
+#[test]
+fn saved_anywhere_and_restored_elsewhere_it_goes_on() {
+    let arena = Arena::new(1 << 20).unwrap();
+    let mut stream = everything();
+    stream.extend(b"POST /health HTTP/1.1\r\nContent-Length: 300\r\n\r\n");
+    stream.extend([b'x'; 300]);
+    stream.extend(write(8, 4096));
+    let whole = feed([stream.as_slice()].into_iter(), &arena);
+    for cut in (0..stream.len()).filter(|cut| cut % 53 == 0 || cut % 8192 < 400) {
+        let mut before = connection();
+        let mut seen = feed_to(&mut before, [&stream[..cut]].into_iter(), &arena);
+        let (saved, begun) = before.save(names);
+        drop(before);
+        let saved = serde_json::from_slice(&serde_json::to_vec(&saved).unwrap()).unwrap();
+        let options = Options { route, chunk_size: CHUNK_SIZE as usize };
+        let mut after = Connection::restore(options, saved, Bytes::from_static(b"unsent")).unwrap();
+        assert_eq!(after.take_send(8).concat(), b"unsent");
+        after.sent();
+        seen.extend(feed_to(&mut after, [&begun[..], &stream[cut..]].into_iter(), &arena));
+        assert_eq!(seen, whole, "cut at {cut}");
+        assert_eq!(arena.free_bytes(), arena.size());
+    }
+    for absurd in [
+        "{\"skip\":99999999999}",
+        "{\"passing\":{\"left\":0,\"correlation_id\":1,\"due\":{\"Reject\":{\"code\":1,\"text\":\"\"}}}}",
+    ] {
+        let options = Options { route, chunk_size: CHUNK_SIZE as usize };
+        assert!(Connection::restore(options, serde_json::from_str(absurd).unwrap(), Bytes::new()).is_err(), "{absurd}");
+    }
 }
 
 proptest! {
@@ -186,7 +222,7 @@ fn whoever_does_not_read_is_not_read() {
     assert_eq!(connection.received(&mut input, &node.arena, &mut out), Ok(Progress::Later));
     assert_eq!((out.len(), input.len()), (0, read.len()), "not even looked at");
     // A send makes room.
-    let taken: usize = connection.take_send(600).iter().map(bytes::Bytes::len).sum();
+    let taken: usize = connection.take_send(600).iter().map(Bytes::len).sum();
     assert!(taken > 0 && !connection.may_receive(), "until the send completed it counts");
     connection.sent();
     assert!(connection.may_receive());

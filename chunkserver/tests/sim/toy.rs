@@ -342,7 +342,7 @@ impl Toy {
                 }
                 self.flush(id);
             }
-            Done::RecvInto { .. } | Done::Connect(_) | Done::Close | Done::Wake => {}
+            Done::RecvInto { .. } | Done::SendCut(_) | Done::Connect(_) | Done::Close | Done::Wake => {}
         }
     }
 }
