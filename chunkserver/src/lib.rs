@@ -7,6 +7,7 @@ pub mod io;
 pub mod chunk;
 pub mod config;
 pub mod control;
+pub mod handover;
 pub mod limits;
 pub mod mailbox;
 pub mod metrics;

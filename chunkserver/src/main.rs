@@ -47,6 +47,17 @@ enum Command {
         #[command(flatten)]
         to: Target,
     },
+    /// Replace a running server's process by a new one, without closing its connections
+    Upgrade {
+        #[command(flatten)]
+        to: Target,
+        /// Program to start [default: the path the running one was started from]
+        #[arg(long)]
+        binary: Option<PathBuf>,
+        /// How long the new process may take to recover, milliseconds; then the old one goes on
+        #[arg(long, default_value_t = 10_000)]
+        timeout_ms: u64,
+    },
     /// Change the log filter of a running server, for example `debug` or `info,chunkserver::shard=trace`
     LogLevel {
         #[command(flatten)]
@@ -136,6 +147,9 @@ struct ServeArgs {
     /// Log filter
     #[arg(long)]
     log: Option<String>,
+    /// Take over from the process that started this one; standard input is the way to it
+    #[arg(long, hide = true)]
+    take_over: bool,
 }
 
 #[derive(Subcommand)]
@@ -279,10 +293,12 @@ fn explain(error: &anyhow::Error) -> String {
 fn run(command: Command) -> anyhow::Result<ExitCode> {
     match command {
         Command::Format(args) => format(&args)?,
+        Command::Serve(args) if args.take_over => return serve::take_over(|| configure(args)),
         Command::Serve(args) => return serve::run(&configure(args)?),
         Command::Volume { to, command } => ask(&to, &volume_command(command)?)?,
         Command::Copyset { to, command } => show(&copyset(&to, command)?, to.json),
         Command::Status { to } => ask(&to, &Ctl::Status)?,
+        Command::Upgrade { to, binary, timeout_ms } => ask(&to, &Ctl::Upgrade { binary, timeout_ms })?,
         Command::LogLevel { to, filter } => ask(&to, &Ctl::LogLevel { filter })?,
         Command::Inspect { disk, json } => show(&inspect::inspect(&disk)?, json),
     }

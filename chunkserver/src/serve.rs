@@ -1,30 +1,41 @@
-//! `chunkserver serve`: put the parts together, wait for a signal or a failure, stop in good order.
+//! `chunkserver serve`: put the parts together, wait for a signal or a failure, stop in good order, or hand over.
+
+mod crew;
+mod notify;
+mod take_over;
+mod upgrade;
+
+pub use take_over::take_over;
 
 use crate::chunk::ExtentPool;
 use crate::config::Config;
 use crate::control::disk::Disk;
 use crate::control::server::{self, Setup as ControlSetup};
 use crate::control::shards::{Port, connect};
+use crate::io::ListenerId;
 use crate::io::buffer::Arena;
 use crate::io::uring::{self, Doorbells, RingCounters, Setup as RingSetup, Uring};
-use crate::io::{Io, ListenerId};
 use crate::mailbox::{Mailbox, mesh};
 use crate::metrics::ProcessStats;
+use crate::reactor::handover::{Pause, Stage};
 use crate::reactor::{Protocol, Reactor, Setup};
 use crate::service::{Info, Shared};
 use crate::shard::{self, Arenas, Shard};
-use crate::volume::catalog::{CatalogStore, SharedCatalog};
+use crate::volume::catalog::{Catalog, CatalogGate, CatalogStore, SharedCatalog};
 use anyhow::Context;
 use copyset::PeerId;
+use crew::{Begin, Client, Crew, Left};
 use socket2::{Domain, SockAddr, Socket, Type};
+use std::collections::VecDeque;
 use std::io::IsTerminal;
 use std::net::{IpAddr, SocketAddr};
 use std::os::fd::{AsRawFd, RawFd};
 use std::path::Path;
 use std::process::ExitCode;
 use std::sync::Arc;
-use std::sync::mpsc::{Sender, channel};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::time::{Duration, Instant};
+use take_over::Predecessor;
 use tracing_subscriber::filter::EnvFilter;
 use tracing_subscriber::layer::SubscriberExt;
 use tracing_subscriber::util::SubscriberInitExt;
@@ -39,7 +50,10 @@ const BACKLOG: i32 = 4096;
 /// What happens to a running server.
 enum Event {
     Signal(i32),
-    Shard(u16, Result<(), String>),
+    /// A shard's ring is up.
+    Up,
+    Shard(u16, Result<Left, String>),
+    Upgrade(server::Upgrade),
 }
 
 /// Serve until told to stop.
@@ -50,29 +64,46 @@ pub fn run(config: &Config) -> anyhow::Result<ExitCode> {
     let set_log = start_logging(&config.log)?;
     uring::probe()?;
     raise_fd_limit();
-    let wait = Duration::from_millis(config.start_wait_ms);
-    let disk = Disk::open(&config.data, wait)?;
+    let disk = Disk::open(&config.data, Duration::from_millis(config.start_wait_ms))?;
+    serve(config, &disk, set_log, None)
+}
+
+/// Serve an open disk; with a predecessor, from where it stopped.
+fn serve(
+    config: &Config,
+    disk: &Disk,
+    set_log: server::SetLog,
+    mut predecessor: Option<Predecessor>,
+) -> anyhow::Result<ExitCode> {
     let layout = disk.layout.clone();
     config.check_disk(layout.chunk_size)?;
-    let catalog = CatalogStore::open(&config.catalog())?;
-    let sockets = Sockets::bind(config, wait)?;
+    // A predecessor has it until it has stopped.
+    let catalog = predecessor.is_none().then(|| CatalogStore::open(&config.catalog())).transpose()?;
+    let inherited = predecessor.as_mut().map(Predecessor::take_sockets).unwrap_or_default();
+    let sockets = Sockets::bind(config, Duration::from_millis(config.start_wait_ms), inherited)?;
     let peer = peer_id(sockets.rpc_address)?;
+    if let Some(predecessor) = &predecessor {
+        predecessor.check(disk, peer)?;
+    }
     let shared = Shared::new(info(config, peer, layout.chunk_size), usize::from(layout.shards));
     let bells = Doorbells::new(layout.shards).context("event fds")?;
     let (links, ports) = connect(layout.shards, &bells);
     let (events, happened) = channel();
     watch_signals(events.clone())?;
+    let stage = if predecessor.is_some() { Stage::Wait } else { Stage::Serve };
+    let pause = Pause::new(stage, layout.shards);
+    let parts = Parts { config, disk, shared: &shared, bells: &bells, peer, sockets: &sockets, pause: &pause };
+    let crew = parts.start_shards(ports, &events)?;
 
-    let parts = Parts {
-        config,
-        disk: &disk,
-        shared: &shared,
-        catalog: catalog.shared(),
-        bells: &bells,
-        peer,
-        sockets: &sockets,
+    let catalog = match (&mut predecessor, catalog) {
+        (None, Some(catalog)) => {
+            crew.go(Vec::new(), &catalog.shared());
+            catalog
+        }
+        (Some(predecessor), _) => predecessor.succeed(&parts, &crew, &happened)?,
+        (None, None) => anyhow::bail!("no catalog"),
     };
-    let threads = parts.start_shards(ports, &events)?;
+    let (gate, volumes) = (catalog.gate(), catalog.shared());
     let control = ControlSetup {
         socket: config.ctl_socket(),
         links,
@@ -81,6 +112,10 @@ pub fn run(config: &Config) -> anyhow::Result<ExitCode> {
         chunk_size: layout.chunk_size,
         about: about(config, &layout, peer),
         set_log,
+        upgrade: {
+            let events = events.clone();
+            Box::new(move |order| events.send(Event::Upgrade(order)).is_ok())
+        },
     };
     let ctl_socket = config.ctl_socket();
     std::thread::Builder::new().name("control".into()).spawn(move || {
@@ -89,53 +124,104 @@ pub fn run(config: &Config) -> anyhow::Result<ExitCode> {
         }
     })?;
     tracing::info!(listen = %sockets.rpc_address, data = %config.data.display(), shards = layout.shards, "serving");
+    if let Some(predecessor) = predecessor {
+        predecessor.confirm(disk, &config.data)?;
+    }
 
-    let code = supervise(&happened, &shared, &bells, layout.shards);
+    let mut server = Server { parts, crew, gate, volumes, events, happened, later: VecDeque::new() };
+    let end = server.supervise();
+    if end == End::HandedOver {
+        return Ok(ExitCode::SUCCESS); // the sockets' names are the successor's
+    }
     let _ = std::fs::remove_file(ctl_socket);
     if let Some(path) = &config.nbd_socket {
         let _ = std::fs::remove_file(path);
     }
-    if code == ExitCode::SUCCESS {
-        threads.into_iter().for_each(|t| drop(t.join()));
-    }
-    Ok(code)
-}
-
-/// Wait for the end, and bring it about in good order.
-fn supervise(happened: &std::sync::mpsc::Receiver<Event>, shared: &Shared, bells: &Doorbells, shards: u16) -> ExitCode {
-    let mut running = shards;
-    while running > 0 {
-        match happened.recv() {
-            Ok(Event::Signal(number)) => {
-                if shared.is_draining() {
-                    tracing::warn!("second signal: leaving at once");
-                    return ExitCode::from(128u8.wrapping_add(number as u8));
-                }
-                tracing::info!(signal = number, "stopping");
-                shared.drain();
-                (0..shards).for_each(|s| bells.ring(s));
-            }
-            Ok(Event::Shard(_, Ok(()))) => running -= 1,
-            Ok(Event::Shard(shard, Err(why))) => {
-                // One disk per process: nothing is left to serve, and a failed sync must not be followed by another.
-                tracing::error!(shard, "{why}; leaving");
-                return ExitCode::from(EXIT_DISK_FAILED);
-            }
-            Err(_) => break,
+    match end {
+        End::Code(code) => Ok(ExitCode::from(code)),
+        End::Stopped | End::HandedOver => {
+            server.crew.threads.into_iter().for_each(|t| drop(t.join()));
+            Ok(ExitCode::SUCCESS)
         }
     }
-    tracing::info!("stopped");
-    ExitCode::SUCCESS
+}
+
+/// How serving ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum End {
+    Stopped,
+    HandedOver,
+    Code(u8),
+}
+
+/// A running server, as the main thread sees it.
+struct Server<'a> {
+    parts: Parts<'a>,
+    crew: Crew,
+    gate: CatalogGate,
+    volumes: SharedCatalog,
+    events: Sender<Event>,
+    happened: Receiver<Event>,
+    /// What happened meanwhile.
+    later: VecDeque<Event>,
+}
+
+impl Server<'_> {
+    /// Wait for the end, and bring it about in good order.
+    fn supervise(&mut self) -> End {
+        let shards = self.parts.disk.layout.shards;
+        let (mut running, mut announced) = (shards, false);
+        while running > 0 {
+            if !announced && self.parts.shared.is_loaded() {
+                announced = true;
+                notify::notify("READY=1");
+            }
+            let wait = if announced { Duration::from_secs(3600) } else { Duration::from_millis(20) };
+            let next = self.later.pop_front().ok_or(RecvTimeoutError::Timeout);
+            match next.or_else(|_| self.happened.recv_timeout(wait)) {
+                Ok(Event::Signal(signal_hook::consts::SIGUSR2)) => {
+                    if let Some(end) = self.upgrade(None) {
+                        return end;
+                    }
+                }
+                Ok(Event::Upgrade(order)) => {
+                    if let Some(end) = self.upgrade(Some(order)) {
+                        return end;
+                    }
+                }
+                Ok(Event::Signal(number)) => {
+                    if self.parts.shared.is_draining() {
+                        tracing::warn!("second signal: leaving at once");
+                        return End::Code(128u8.wrapping_add(number as u8));
+                    }
+                    tracing::info!(signal = number, "stopping");
+                    notify::notify("STOPPING=1");
+                    self.parts.shared.drain();
+                    self.parts.ring_all();
+                }
+                Ok(Event::Shard(_, Ok(_))) => running -= 1,
+                Ok(Event::Shard(shard, Err(why))) => {
+                    // One disk per process: nothing is left to serve, and a failed sync must not be followed by another.
+                    tracing::error!(shard, "{why}; leaving");
+                    return End::Code(EXIT_DISK_FAILED);
+                }
+                Ok(Event::Up) | Err(RecvTimeoutError::Timeout) => {}
+                Err(RecvTimeoutError::Disconnected) => break,
+            }
+        }
+        tracing::info!("stopped");
+        End::Stopped
+    }
 }
 
 struct Parts<'a> {
     config: &'a Config,
     disk: &'a Disk,
     shared: &'a Arc<Shared>,
-    catalog: SharedCatalog,
     bells: &'a Arc<Doorbells>,
     peer: PeerId,
     sockets: &'a Sockets,
+    pause: &'a Arc<Pause>,
 }
 
 /// What one shard's thread is made of.
@@ -147,14 +233,12 @@ struct Seed {
     extents: Arc<ExtentPool>,
     setup: Setup,
     cpu: Option<usize>,
+    begin: Receiver<Begin>,
+    pause: Arc<Pause>,
 }
 
 impl Parts<'_> {
-    fn start_shards(
-        &self,
-        ports: Vec<Port>,
-        events: &Sender<Event>,
-    ) -> anyhow::Result<Vec<std::thread::JoinHandle<()>>> {
+    fn start_shards(&self, ports: Vec<Port>, events: &Sender<Event>) -> anyhow::Result<Crew> {
         let layout = &self.disk.layout;
         let extents = ExtentPool::new(layout);
         let arenas = |size: u64| -> anyhow::Result<Vec<Arc<Arena>>> {
@@ -164,13 +248,17 @@ impl Parts<'_> {
         let work = arenas(self.config.work_buffers.0)?;
         let all: Vec<Arc<Arena>> = payload.iter().chain(&work).cloned().collect();
         let cpus = cpus();
-        let mut threads = Vec::new();
+        let mut crew = Crew { threads: Vec::new(), begin: Vec::new() };
         for (number, (mailbox, port)) in (0..layout.shards).zip(mesh(layout.shards).into_iter().zip(ports)) {
             let n = usize::from(number);
             let arenas =
                 Arenas { payload: Arc::clone(&payload[n]), work: Arc::clone(&work[n]), all_payload: payload.clone() };
+            let (go, begin) = channel();
+            crew.begin.push(go);
             let seed = Seed {
                 number,
+                begin,
+                pause: Arc::clone(self.pause),
                 ring: RingSetup {
                     shard: number,
                     files: vec![self.disk.file.as_raw_fd()],
@@ -190,12 +278,16 @@ impl Parts<'_> {
             let shared = Arc::clone(self.shared);
             let layout = layout.clone();
             let thread = std::thread::Builder::new().name(format!("shard-{number}"));
-            threads.push(thread.spawn(move || {
-                let result = shard_thread(seed, &layout, &shared);
+            crew.threads.push(thread.spawn(move || {
+                let result = shard_thread(seed, &layout, &shared, &events);
                 let _ = events.send(Event::Shard(number, result));
             })?);
         }
-        Ok(threads)
+        Ok(crew)
+    }
+
+    fn ring_all(&self) {
+        (0..self.disk.layout.shards).for_each(|shard| self.bells.ring(shard));
     }
 
     fn shard_config(&self, shard: u16) -> shard::Config {
@@ -216,7 +308,7 @@ impl Parts<'_> {
         Setup {
             listeners,
             shared: Arc::clone(self.shared),
-            catalog: self.catalog.clone(),
+            catalog: SharedCatalog::new(Catalog::default()), // comes with the order to begin
             mailbox,
             control: Some(port),
             arenas,
@@ -225,7 +317,12 @@ impl Parts<'_> {
     }
 }
 
-fn shard_thread(seed: Seed, layout: &crate::chunk::Layout, shared: &Arc<Shared>) -> Result<(), String> {
+fn shard_thread(
+    mut seed: Seed,
+    layout: &crate::chunk::Layout,
+    shared: &Arc<Shared>,
+    events: &Sender<Event>,
+) -> Result<Left, String> {
     if let Some(cpu) = seed.cpu {
         let mut set = rustix::thread::CpuSet::new();
         set.set(cpu);
@@ -238,15 +335,23 @@ fn shard_thread(seed: Seed, layout: &crate::chunk::Layout, shared: &Arc<Shared>)
     let io = Uring::new(seed.ring).map_err(|e| e.to_string())?;
     let counters: Arc<RingCounters> = io.counters();
     let metrics = shared.registry().shard(usize::from(seed.number)).ok_or("no metrics for this shard")?;
-    let now = io.now();
+    let _ = events.send(Event::Up);
+    let Ok(begin) = seed.begin.recv() else { return Ok(Left::default()) }; // the start was given up
+    seed.setup.catalog = begin.catalog;
+    let now = uring::clock();
     let shard = Shard::new(seed.shard, layout.clone(), seed.arenas, seed.extents, Arc::clone(metrics), now)
         .map_err(|e| e.to_string())?;
     let mut reactor = Reactor::new(io, seed.number, shard, seed.setup);
+    reactor.take_part(seed.pause, begin.clients.into_iter().map(Client::handed).collect());
     while !reactor.finished() {
         reactor.turn();
         metrics.set(crate::metrics::Counter::Enters, counters.enters.load(std::sync::atomic::Ordering::Relaxed));
     }
-    reactor.failure().map_or(Ok(()), |failure| Err(failure.to_string()))
+    match reactor.failure() {
+        Some(failure) => Err(failure.to_string()),
+        None if reactor.has_left() => Ok(Left::of(reactor.part())),
+        None => Ok(Left::default()),
+    }
 }
 
 /// The listening sockets of the process.
@@ -256,16 +361,22 @@ struct Sockets {
 }
 
 impl Sockets {
-    fn bind(config: &Config, wait: Duration) -> anyhow::Result<Self> {
+    /// Those that are `inherited` are not made anew; what nobody wants of them is closed.
+    fn bind(config: &Config, wait: Duration, inherited: Vec<Socket>) -> anyhow::Result<Self> {
         let until = Instant::now() + wait;
-        let rpc = tcp(config.listen, until).with_context(|| format!("listen on {}", config.listen))?;
+        let mut inherited = Inherited(inherited);
+        let tcp = |address, until, from: &mut Inherited| from.tcp(address).map_or_else(|| tcp(address, until), Ok);
+        let unix = |path: &Path, from: &mut Inherited| from.unix(path).map_or_else(|| unix(path), Ok);
+        let rpc = tcp(config.listen, until, &mut inherited).with_context(|| format!("listen on {}", config.listen))?;
         let rpc_address = rpc.local_addr()?.as_socket().context("an IP address")?;
         let mut all = vec![(rpc, Protocol::Rpc)];
         if let Some(address) = config.nbd_listen {
-            all.push((tcp(address, until).with_context(|| format!("listen on {address}"))?, Protocol::Nbd));
+            let socket = tcp(address, until, &mut inherited);
+            all.push((socket.with_context(|| format!("listen on {address}"))?, Protocol::Nbd));
         }
         if let Some(path) = &config.nbd_socket {
-            all.push((unix(path).with_context(|| format!("listen on {}", path.display()))?, Protocol::Nbd));
+            let socket = unix(path, &mut inherited);
+            all.push((socket.with_context(|| format!("listen on {}", path.display()))?, Protocol::Nbd));
         }
         Ok(Self { all, rpc_address })
     }
@@ -274,6 +385,22 @@ impl Sockets {
     }
     fn listeners(&self) -> Vec<(ListenerId, Protocol)> {
         self.all.iter().zip(0..).map(|((_, protocol), i)| (ListenerId(i), *protocol)).collect()
+    }
+}
+
+/// Listening sockets of another process.
+struct Inherited(Vec<Socket>);
+
+impl Inherited {
+    fn take(&mut self, wanted: impl Fn(&SockAddr) -> bool) -> Option<Socket> {
+        let found = self.0.iter().position(|socket| socket.local_addr().is_ok_and(|address| wanted(&address)))?;
+        Some(self.0.swap_remove(found))
+    }
+    fn tcp(&mut self, address: SocketAddr) -> Option<Socket> {
+        self.take(|at| at.as_socket() == Some(address))
+    }
+    fn unix(&mut self, path: &Path) -> Option<Socket> {
+        self.take(|at| at.as_pathname() == Some(path))
     }
 }
 
@@ -358,8 +485,8 @@ fn start_logging(filter: &str) -> anyhow::Result<server::SetLog> {
 }
 
 fn watch_signals(events: Sender<Event>) -> anyhow::Result<()> {
-    use signal_hook::consts::{SIGINT, SIGTERM};
-    let mut signals = signal_hook::iterator::Signals::new([SIGTERM, SIGINT])?;
+    use signal_hook::consts::{SIGINT, SIGTERM, SIGUSR2};
+    let mut signals = signal_hook::iterator::Signals::new([SIGTERM, SIGINT, SIGUSR2])?;
     std::thread::Builder::new().name("signals".into()).spawn(move || {
         for number in signals.forever() {
             if events.send(Event::Signal(number)).is_err() {

@@ -67,6 +67,13 @@ pub enum Command {
     },
     /// The server and its shards.
     Status,
+    /// Hand over to a new process.
+    Upgrade {
+        /// Program; `None` = the path this one was started from.
+        binary: Option<PathBuf>,
+        /// How long the new one may take from when it has everything until it can serve, milliseconds.
+        timeout_ms: u64,
+    },
     /// Change the log filter.
     LogLevel {
         /// As `log` in the configuration.

@@ -152,6 +152,70 @@ impl Disk {
         Ok(Self { file, layout })
     }
 
+    /// Open without the lock, to take the disk over from the process that has it: see [`Self::join`].
+    ///
+    /// # Errors
+    /// [`DiskError`]; nothing is written.
+    pub fn open_unlocked(path: &Path) -> Result<Self, DiskError> {
+        let file = direct(path, true, false)?;
+        let layout = read_layout(&file, path)?;
+        Ok(Self { file, layout })
+    }
+
+    /// Device and inode: the same for every path to it.
+    ///
+    /// # Errors
+    /// The system's.
+    pub fn identity(&self) -> std::io::Result<(u64, u64)> {
+        let stat = rustix::fs::fstat(&self.file)?;
+        Ok((stat.st_dev, stat.st_ino))
+    }
+
+    /// Let one process join: others stay locked out, for the lock is shared, never free. To be called when none of our
+    /// writes is in flight.
+    ///
+    /// # Errors
+    /// The system's.
+    pub fn share(&self) -> std::io::Result<()> {
+        Ok(rustix::fs::flock(&self.file, rustix::fs::FlockOperation::NonBlockingLockShared)?)
+    }
+
+    /// Take a share of the lock of a process that has called [`Self::share`].
+    ///
+    /// # Errors
+    /// [`DiskError::Locked`] when it has not.
+    pub fn join(&self, path: &Path) -> Result<(), DiskError> {
+        self.share().map_err(|error| match error.kind() {
+            std::io::ErrorKind::WouldBlock => DiskError::Locked(path.to_owned()),
+            _ => io(path, "lock")(error),
+        })
+    }
+
+    /// Be alone again: the other process is gone, and with it all of its writes, for they hold its lock. The kernel gives
+    /// the share up when it cannot make it exclusive, so it is taken again before the next attempt.
+    ///
+    /// # Errors
+    /// [`DiskError::Locked`] when that does not happen in time, or a third process got in between.
+    pub fn claim(&self, path: &Path, wait: Duration) -> Result<(), DiskError> {
+        let until = Instant::now() + wait;
+        loop {
+            match rustix::fs::flock(&self.file, rustix::fs::FlockOperation::NonBlockingLockExclusive) {
+                Ok(()) => return Ok(()),
+                Err(rustix::io::Errno::WOULDBLOCK) => self.join(path)?,
+                Err(e) => return Err(io(path, "lock")(e.into())),
+            }
+            if Instant::now() >= until {
+                return Err(DiskError::Locked(path.to_owned()));
+            }
+            std::thread::sleep(Duration::from_millis(2));
+        }
+    }
+
+    /// Give our share of the lock away: the other process has its own.
+    pub fn leave(&self) {
+        let _ = rustix::fs::flock(&self.file, rustix::fs::FlockOperation::Unlock);
+    }
+
     /// Open without the lock, read-only; says whether a server has it.
     ///
     /// # Errors

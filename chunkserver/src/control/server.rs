@@ -13,9 +13,10 @@ use std::cell::RefCell;
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
 use std::sync::Arc;
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{UnixListener, UnixStream};
+use tokio::sync::oneshot;
 
 /// Chunk deletions in flight when a volume is deleted.
 const DELETES_AT_ONCE: usize = 64;
@@ -24,6 +25,29 @@ const DELETE_ATTEMPTS: u32 = 100;
 
 /// Changes the log filter of the process.
 pub type SetLog = Box<dyn Fn(&str) -> Result<(), String> + Send>;
+
+/// An order to hand over to a new process.
+#[derive(Debug)]
+pub struct Upgrade {
+    /// Program; `None` = the path this one was started from.
+    pub binary: Option<PathBuf>,
+    /// How long the new one may take from when it has everything until it can serve.
+    pub timeout: Duration,
+    /// Where the outcome goes.
+    pub answer: oneshot::Sender<Upgraded>,
+}
+
+/// How a hand-over ended.
+#[derive(Debug)]
+pub struct Upgraded {
+    /// What happened; or why nothing did.
+    pub result: Result<Value, String>,
+    /// Dropped when whoever asked has been told: before that the process must not end.
+    pub told: std::sync::mpsc::Sender<()>,
+}
+
+/// Passes an order on; false when nobody takes it.
+pub type SetUpgrade = Box<dyn Fn(Upgrade) -> bool + Send>;
 
 /// What the control thread needs.
 pub struct Setup {
@@ -41,6 +65,8 @@ pub struct Setup {
     pub about: Value,
     /// See [`SetLog`].
     pub set_log: SetLog,
+    /// See [`SetUpgrade`].
+    pub upgrade: SetUpgrade,
 }
 
 impl std::fmt::Debug for Setup {
@@ -56,6 +82,9 @@ struct Server {
     chunk_size: u32,
     about: Value,
     set_log: SetLog,
+    upgrade: SetUpgrade,
+    /// Of an upgrade whose outcome is being told.
+    telling: RefCell<Option<std::sync::mpsc::Sender<()>>>,
 }
 
 /// Serve until the process ends. Call on a thread of its own.
@@ -63,7 +92,7 @@ struct Server {
 /// # Errors
 /// When the socket cannot be made.
 pub fn run(setup: Setup) -> std::io::Result<()> {
-    let Setup { socket, links, catalog, peer, chunk_size, about, set_log } = setup;
+    let Setup { socket, links, catalog, peer, chunk_size, about, set_log, upgrade } = setup;
     tokio_uring::start(async move {
         let listener = bind(&socket)?;
         let server = Rc::new(Server {
@@ -73,6 +102,8 @@ pub fn run(setup: Setup) -> std::io::Result<()> {
             chunk_size,
             about,
             set_log,
+            upgrade,
+            telling: RefCell::new(None),
         });
         let resume = Rc::clone(&server);
         tokio_uring::spawn(async move { resume.finish_deletions().await });
@@ -88,7 +119,7 @@ pub fn run(setup: Setup) -> std::io::Result<()> {
                 }
                 Err(error) => {
                     tracing::warn!(%error, "accept on the command socket failed");
-                    tokio::time::sleep(std::time::Duration::from_millis(100)).await;
+                    tokio::time::sleep(Duration::from_millis(100)).await;
                 }
             }
         }
@@ -126,7 +157,9 @@ impl Server {
                 line = rest;
                 let mut text = serde_json::to_vec(&answer)?;
                 text.push(b'\n');
-                stream.write_all(&text).await?;
+                let written = stream.write_all(&text).await;
+                self.telling.take();
+                written?;
             }
             if line.len() > LINE_BYTES_MAX {
                 return Ok(());
@@ -183,6 +216,16 @@ impl Server {
                 Ok(json!({ "deleted": [pool, copyset] }))
             }
             Command::Status => self.status().await,
+            Command::Upgrade { binary, timeout_ms } => {
+                let (answer, outcome) = oneshot::channel();
+                let order = Upgrade { binary, timeout: Duration::from_millis(timeout_ms), answer };
+                if !(self.upgrade)(order) {
+                    return Err("the server is stopping".into());
+                }
+                let Upgraded { result, told } = outcome.await.map_err(|_| "the server is stopping".to_owned())?;
+                *self.telling.borrow_mut() = Some(told);
+                result
+            }
             Command::LogLevel { filter } => (self.set_log)(&filter).map(|()| json!({ "log": filter })),
         }
     }
@@ -287,7 +330,7 @@ async fn delete_chunk(shards: &Shards, copyset: CopysetId, chunk: u64, sn: u64) 
         let reply = shards.ask_copyset(copyset, op).await.map_err(|e| e.to_string())?;
         match reply.outcome {
             Outcome::Success | Outcome::NoChunk | Outcome::NoCopyset => return Ok(()),
-            Outcome::NotLeader | Outcome::Overload => tokio::time::sleep(std::time::Duration::from_millis(20)).await,
+            Outcome::NotLeader | Outcome::Overload => tokio::time::sleep(Duration::from_millis(20)).await,
             other => return Err(format!("deleting chunk {chunk}: {other:?}")),
         }
     }

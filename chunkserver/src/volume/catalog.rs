@@ -9,7 +9,7 @@
 //!
 //! Runs on the control thread; shards see [`SharedCatalog`] only.
 
-pub use self::store::{CatalogStore, ChangeError, NewVolume};
+pub use self::store::{CatalogGate, CatalogStore, ChangeError, NewVolume};
 
 mod store;
 

@@ -8,7 +8,7 @@ use super::harness::{Lab, MIB, Setup};
 use std::io::Write;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-const WRITERS: u64 = 4;
+pub(super) const WRITERS: u64 = 4;
 const DEPTH: usize = 12;
 /// Blocks of a writer: four chunks of its copyset.
 const BLOCKS: usize = 256;
@@ -22,12 +22,12 @@ struct Block {
     pending: u64,
 }
 
-struct Writer {
+pub(super) struct Writer {
     copyset: u64,
     blocks: Vec<Block>,
     version: u64,
     random: u64,
-    acknowledged: u64,
+    pub(super) acknowledged: u64,
 }
 
 fn content(copyset: u64, block: usize, version: u64) -> Vec<u8> {
@@ -47,7 +47,7 @@ impl Writer {
     }
 
     /// Write random blocks until the connection breaks; one write of a block at a time.
-    fn run(&mut self, mut client: Client) {
+    pub(super) fn run(&mut self, mut client: Client) {
         let mut outstanding = 0;
         loop {
             while outstanding < DEPTH {
@@ -74,7 +74,7 @@ impl Writer {
     }
 
     /// Compare every block with what it may hold; (survived, vanished) of the unanswered writes.
-    fn check(&mut self, client: &mut Client) -> (u64, u64) {
+    pub(super) fn check(&mut self, client: &mut Client) -> (u64, u64) {
         let (mut survived, mut vanished) = (0, 0);
         for index in 0..BLOCKS {
             let (chunk, offset) = Self::place(index);
@@ -102,6 +102,18 @@ impl Writer {
     }
 }
 
+/// One per copyset.
+pub(super) fn writers(seed: u64) -> Vec<Writer> {
+    let one = |copyset| Writer {
+        copyset,
+        blocks: vec![Block::default(); BLOCKS],
+        version: 0,
+        random: seed ^ copyset << 40,
+        acknowledged: 0,
+    };
+    (1..=WRITERS).map(one).collect()
+}
+
 #[test]
 fn acknowledged_writes_survive_kills() {
     // A small log and dirty limit: rounds, checkpoints and segment changes go on all the time.
@@ -109,15 +121,7 @@ fn acknowledged_writes_survive_kills() {
     let lab = Lab::new(setup);
     let mut random = SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_nanos() as u64 | 1;
     println!("seed {random}");
-    let mut writers: Vec<Writer> = (1..=WRITERS)
-        .map(|copyset| Writer {
-            copyset,
-            blocks: vec![Block::default(); BLOCKS],
-            version: 0,
-            random: random ^ copyset << 40,
-            acknowledged: 0,
-        })
-        .collect();
+    let mut writers = writers(random);
     let server = lab.start();
     lab.copysets(WRITERS as u32);
     let mut server = Some(server);

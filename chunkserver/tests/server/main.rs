@@ -22,6 +22,8 @@ mod rot;
 mod slow;
 mod space;
 mod stop;
+mod upgrade;
+mod upgrade_failures;
 #[path = "../serve/wire.rs"]
 #[allow(dead_code)] // the service tests use more of it
 mod wire;

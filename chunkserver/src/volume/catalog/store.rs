@@ -8,7 +8,7 @@ use rustix::fs::{FlockOperation, flock};
 use std::fs::{File, OpenOptions};
 use std::io::Write;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 /// Version of a volume that never had a chunk snapshot (0 is refused by chunks, datastore.md §7).
 const FIRST_SN: u64 = 1;
@@ -58,6 +58,9 @@ pub enum ChangeError {
     /// After a failed sync of the folder.
     #[error("an earlier change may or may not be on disk: restart before changing more")]
     Unsure,
+    /// Another process is taking over.
+    #[error("the server is being replaced; try again in a moment")]
+    HandedOver,
 }
 
 /// What [`CatalogStore::create`] needs.
@@ -77,10 +80,49 @@ pub struct NewVolume {
 #[derive(Debug)]
 pub struct CatalogStore {
     path: PathBuf,
-    /// Holds the flock.
-    _lock: File,
+    gate: CatalogGate,
     shared: SharedCatalog,
     unsure: bool,
+}
+
+/// Lets another process have the catalog, and takes it back.
+#[derive(Clone, Debug)]
+pub struct CatalogGate {
+    path: PathBuf,
+    shared: SharedCatalog,
+    /// The file with the flock; whether it is ours.
+    lock: Arc<Mutex<(File, bool)>>,
+}
+
+impl CatalogGate {
+    fn lock(&self) -> MutexGuard<'_, (File, bool)> {
+        self.lock.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// From now on every change is refused, and the lock is free. Waits for a change that is under way.
+    pub fn close(&self) {
+        let mut lock = self.lock();
+        lock.1 = false;
+        let _ = flock(&lock.0, FlockOperation::Unlock);
+    }
+
+    /// Lock it again, and read what the other process made of it.
+    ///
+    /// # Errors
+    /// [`OpenError`]; it stays closed.
+    pub fn open(&self) -> Result<(), OpenError> {
+        let mut lock = self.lock();
+        match flock(&lock.0, FlockOperation::NonBlockingLockExclusive) {
+            Ok(()) => {}
+            Err(rustix::io::Errno::WOULDBLOCK) => return Err(OpenError::Locked(self.path.clone())),
+            Err(e) => {
+                return Err(OpenError::Io { what: "lock", path: self.path.clone(), source: e.into() });
+            }
+        }
+        self.shared.publish(Catalog::read(&self.path)?);
+        lock.1 = true;
+        Ok(())
+    }
 }
 
 impl CatalogStore {
@@ -98,7 +140,15 @@ impl CatalogStore {
             Err(e) => return Err(failed(e.into())),
         }
         let shared = SharedCatalog::new(Catalog::read(path)?);
-        Ok(Self { path: path.to_owned(), _lock: lock, shared, unsure: false })
+        let lock = Arc::new(Mutex::new((lock, true)));
+        let gate = CatalogGate { path: path.to_owned(), shared: shared.clone(), lock };
+        Ok(Self { path: path.to_owned(), gate, shared, unsure: false })
+    }
+
+    /// For a hand-over to another process.
+    #[must_use]
+    pub fn gate(&self) -> CatalogGate {
+        self.gate.clone()
     }
 
     /// For the shards.
@@ -182,6 +232,11 @@ impl CatalogStore {
     fn save(&mut self, mut next: Catalog) -> Result<(), ChangeError> {
         if self.unsure {
             return Err(ChangeError::Unsure);
+        }
+        let gate = self.gate.clone();
+        let ours = gate.lock();
+        if !ours.1 {
+            return Err(ChangeError::HandedOver);
         }
         next.generation += 1;
         let temp = beside(&self.path, ".tmp");
