@@ -26,7 +26,7 @@ class Nebd:
 
     def command(self, mix, bs, depth, *options):
         return [self.server.bench, "nebd", "--socket", self.socket, "--lock-dir", self.server.folder, "--file",
-                "cbd:pool//vol1_figures_", "--span", str(SPAN), "--mix", mix, "--bs", bs, "--depth", str(depth), "--warmup", "0",
+                "cbd:pool//vol1_figures_", "--span", str(SPAN), "--mix", mix, "--bs", bs, *(["--depth", str(depth)] if depth else []), "--warmup", "0",
                 "--json", self.server.path("nebd.json"), *options]
 
     def load(self, *load):
@@ -51,7 +51,7 @@ class Nebd:
 
     def through(self, name, change):
         """Writes at a steady rate while `change` happens: the longest, in ms. None may fail."""
-        load = subprocess.Popen(self.command("0:100", "4k", 16, "--rate", "2000", "--seconds", "8"),
+        load = subprocess.Popen(self.command("0:100", "4k", None, "--rate", "2000", "--seconds", "8"),
                                 stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         time.sleep(3)
         change()
