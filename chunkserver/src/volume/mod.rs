@@ -1,5 +1,5 @@
 //! Volumes: where they are described ([`catalog`]), where their bytes live ([`map`]) and how one I/O becomes requests
-//! to chunks ([`io`]), to whom they go ([`leaders`]) and how those of other servers are asked ([`remote`], [`wire`]). No
+//! to chunks ([`io`]), to whom they go ([`leaders`]) and how those of other servers are asked ([`remote`], `wire`). No
 //! socket and no ring here; NBD (and later NEBD) stand on top.
 
 pub mod catalog;

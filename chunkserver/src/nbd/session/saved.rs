@@ -63,7 +63,7 @@ impl Session {
     /// The session that was saved, with `unsent` to be sent first.
     ///
     /// # Errors
-    /// [`BadSaved`]; close it.
+    /// `BadSaved`; close it.
     pub fn restore(exports: SharedCatalog, limits: Limits, saved: Saved, unsent: Bytes) -> Result<Self, BadSaved> {
         let mut this = Self::new(exports, limits);
         // The greeting was sent, or is part of `unsent`.

@@ -90,7 +90,7 @@ impl Connection {
     /// The connection that was saved, with `unsent` to be sent first.
     ///
     /// # Errors
-    /// [`BadSaved`]; close it.
+    /// `BadSaved`; close it.
     pub fn restore(options: Options, saved: Saved, unsent: Bytes) -> Result<Self, BadSaved> {
         let mut this = Self::new(options);
         let lengths = saved.skip.max(saved.passing.as_ref().map_or(0, |passing| passing.left));
