@@ -136,6 +136,7 @@ impl Shard {
             replaying: Vec::new(),
             replay_over: false,
             lost: Vec::new(),
+            forgetful: false,
             broken: Vec::new(),
             fetch_at: Instant::FAR,
             replay: Replay::default(),
@@ -275,6 +276,7 @@ impl Shard {
         *self.log.borrow_mut() = log;
         // With one replica there is nobody to repair from: these answer CRC_FAIL (rule 21).
         self.lost = report.suspects.iter().copied().chain(report.rot.iter().filter_map(|rot| rot.copyset)).collect();
+        self.forgetful = report.rot.iter().any(|rot| rot.copyset.is_none());
         let (extents, config) = (Arc::clone(&self.extents), StoreConfig::default());
         let loader = Some(Box::new(Loader::new(&self.layout, self.config.shard, extents, config)));
         self.state = State::Boot(Boot::Metadata { loader, started: self.now });
@@ -283,16 +285,27 @@ impl Shard {
 
     fn metadata_loaded(&mut self, loader: Loader, started: Instant) -> Result<(), Failure> {
         let log = Rc::clone(&self.log);
-        let lost = &self.lost;
+        let (lost, forgetful) = (&self.lost, self.forgetful);
+        let forgotten = RefCell::new(BTreeSet::new());
         let known = |id: CopysetId| {
             let log = log.borrow();
-            let Some(index) = log.index(id) else { return lost.contains(&id).then_some(chunk::Known::LOST) };
+            let Some(index) = log.index(id) else {
+                // A batch is lost, and nobody can say whose records it held: the log may have forgotten a copyset that
+                // has chunks here. They are not free because of that.
+                let unheard = forgetful && !lost.contains(&id);
+                if unheard {
+                    forgotten.borrow_mut().insert(id);
+                }
+                return (unheard || lost.contains(&id)).then_some(chunk::Known::LOST);
+            };
             let (checkpoint, last) = (index.checkpoint(), index.last_index());
             Some(chunk::Known { incarnation: checkpoint.incarnation, checkpoint: checkpoint.applied_index, last })
         };
         let (store, report) = loader.finish(&known).map_err(|e| Failure::Load(e.to_string()))?;
         let ms = self.now.since_ns(started) / 1_000_000;
         tracing::info!(shard = self.config.shard, ms, ?report, "chunk metadata loaded");
+        let forgotten = forgotten.into_inner().into_iter().filter(|&id| !store.list(id, 0, 1).is_empty());
+        self.lost.extend(forgotten);
         self.store = store;
         self.state = State::Boot(Boot::Others);
         Ok(())

@@ -237,6 +237,8 @@ pub struct Shard {
     replay: replay::Replay,
     /// Copysets of which durable log records are lost.
     lost: Vec<CopysetId>,
+    /// A batch of the log is lost, and with it whose records it held.
+    forgetful: bool,
     /// Of these, the ones that cannot even start.
     broken: Vec<CopysetId>,
     /// The log has no room, and what fills it is kept for a copyset that is out of service.
