@@ -67,21 +67,24 @@ impl Inherited {
     }
 }
 
-/// An ended process may still hold the port for a moment: bind is retried (rule 2).
+/// An ended process may still hold the port for a moment, and say so at either call: both are retried (rule 2).
 fn tcp(address: SocketAddr, until: Instant) -> std::io::Result<Socket> {
-    let socket = Socket::new(Domain::for_address(address), Type::STREAM, None)?;
-    socket.set_reuse_address(true)?;
-    socket.set_tcp_nodelay(true)?; // inherited by accepted sockets
+    let attempt = || {
+        let socket = Socket::new(Domain::for_address(address), Type::STREAM, None)?;
+        socket.set_reuse_address(true)?;
+        socket.set_tcp_nodelay(true)?; // inherited by accepted sockets
+        socket.bind(&address.into())?;
+        socket.listen(BACKLOG)?;
+        Ok(socket)
+    };
     loop {
-        match socket.bind(&address.into()) {
+        match attempt() {
             Err(e) if e.kind() == std::io::ErrorKind::AddrInUse && Instant::now() < until => {
                 std::thread::sleep(Duration::from_millis(20));
             }
-            other => break other?,
+            other => return other,
         }
     }
-    socket.listen(BACKLOG)?;
-    Ok(socket)
 }
 
 pub(super) fn unix(path: &Path) -> std::io::Result<Socket> {
