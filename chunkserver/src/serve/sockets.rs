@@ -69,7 +69,7 @@ impl Inherited {
 
 /// An ended process may still hold the port for a moment, and say so at either call: both are retried (rule 2).
 fn tcp(address: SocketAddr, until: Instant) -> std::io::Result<Socket> {
-    let attempt = || {
+    let attempt = || -> std::io::Result<Socket> {
         let socket = Socket::new(Domain::for_address(address), Type::STREAM, None)?;
         socket.set_reuse_address(true)?;
         socket.set_tcp_nodelay(true)?; // inherited by accepted sockets
