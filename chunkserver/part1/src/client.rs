@@ -319,8 +319,11 @@ fn opened(
                 }
             }
         }
-        Ok(_) => Err(Error::Reply("no file number")),
-        Err(error) => Err(error),
+        // Whoever hears of a failure may open the file again at once: it is unlocked before.
+        other => {
+            drop(lock);
+            other.and(Err(Error::Reply("no file number")))
+        }
     };
     if let Err(Ok(NebdFd(fd))) = sender.send(result) {
         // Nobody waits any more.
