@@ -3,6 +3,7 @@
 //! Exit code 0: measured and nothing wrong; 1: it could not run; 2: a block was wrong.
 
 use anyhow::{Context, Result};
+use bench::report::Report;
 use bench::{nebd, raw, rpc};
 use clap::{Parser, Subcommand};
 use serde::Serialize;
@@ -32,20 +33,16 @@ fn write_json(path: Option<&Path>, value: &impl Serialize) -> Result<()> {
     std::fs::write(path, text + "\n").with_context(|| format!("write {}", path.display()))
 }
 
+fn tell(report: &Report, json: Option<&Path>) -> Result<ExitCode> {
+    print!("{report}");
+    write_json(json, report)?;
+    Ok(if report.is_clean() { ExitCode::SUCCESS } else { ExitCode::from(2) })
+}
+
 fn run(command: Command) -> Result<ExitCode> {
     match command {
-        Command::Rpc(args) => {
-            let report = rpc::run(&args)?;
-            print!("{report}");
-            write_json(args.json.as_deref(), &report)?;
-            Ok(if report.is_clean() { ExitCode::SUCCESS } else { ExitCode::from(2) })
-        }
-        Command::Nebd(args) => {
-            let report = nebd::run(&args)?;
-            print!("{report}");
-            write_json(args.json.as_deref(), &report)?;
-            Ok(if report.is_clean() { ExitCode::SUCCESS } else { ExitCode::from(2) })
-        }
+        Command::Rpc(args) => tell(&rpc::run(&args)?, args.load.json.as_deref()),
+        Command::Nebd(args) => tell(&nebd::run(&args)?, args.load.json.as_deref()),
         Command::Raw(args) => {
             let raw = raw::run(&args)?;
             println!("{}", serde_json::to_string_pretty(&raw)?);

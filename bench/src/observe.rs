@@ -2,6 +2,7 @@
 //!
 //! Every source may be missing (another host, no such page): then the numbers that need it are left out, not guessed.
 
+use crate::phase::wait_until;
 use serde::Serialize;
 use std::collections::BTreeMap;
 use std::fs;
@@ -9,7 +10,8 @@ use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpStream};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::sync::atomic::AtomicBool;
+use std::time::{Duration, Instant};
 
 /// Bytes of a sector in /proc/diskstats.
 const SECTOR: u64 = 512;
@@ -20,6 +22,14 @@ const METRICS_MAX: u64 = 16 << 20;
 pub struct Targets(Vec<Target>);
 
 impl Targets {
+    /// What happens on them between these moments of a phase, nanoseconds after `epoch`.
+    pub(crate) fn measure(&self, epoch: Instant, (from, until): (u64, u64), running: &AtomicBool) -> Delta {
+        wait_until(epoch, from, running);
+        let before = self.sample();
+        wait_until(epoch, until, running);
+        before.until(&self.sample())
+    }
+
     /// The servers at `addrs`; `pid` names the process of a single one, `disk` is a path on the disk of all.
     pub fn find(addrs: &[SocketAddr], pid: Option<u32>, disk: Option<&Path>) -> Self {
         Self(addrs.iter().map(|addr| Target::find(*addr, pid.filter(|_| addrs.len() == 1), disk)).collect())

@@ -8,25 +8,18 @@ use crate::engine::{Check, Config, Engine};
 use crate::leaders::Leaders;
 use crate::model::{ChunkAddr, Model, Survival};
 use crate::observe::{Delta, Targets};
-use crate::plan::{Geometry, Pace, Pattern, Rng, Source, parse_copysets, parse_mix, parse_size};
+use crate::options::Load;
+use crate::phase::{self, SWEEP_DEPTH, SWEEP_SIZE, complete};
+use crate::plan::{Geometry, Pace, Source, parse_copysets, parse_size};
 use crate::report::Report;
-use crate::stamp::{BLOCK, mix};
 use crate::state::State;
 use crate::stats::Stats;
 use crate::{report, setup};
 use anyhow::{Context, Result, bail};
 use std::net::{SocketAddr, ToSocketAddrs};
-use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::time::{Duration, Instant};
-
-pub(crate) const SECOND: u64 = 1_000_000_000;
-/// An open loop stops starting (and lets latency show it) beyond this many unanswered requests per worker.
-pub(crate) const OPEN_INFLIGHT_MAX: usize = 4096;
-/// Requests of this size fill and check: the largest a C++ client sends.
-pub(crate) const SWEEP_SIZE: u32 = 64 << 10;
-pub(crate) const SWEEP_DEPTH: usize = 64;
+use std::time::Instant;
 
 /// Options of `bench rpc`.
 #[derive(Debug, Clone, clap::Args)]
@@ -50,54 +43,12 @@ pub struct Args {
     /// Chunk size of the server.
     #[arg(long, value_parser = parse_size, default_value = "16MiB")]
     pub chunk_size: u64,
-    /// Bytes used of all chunks together; default all.
-    #[arg(long, value_parser = parse_size)]
-    pub span: Option<u64>,
-    /// Bytes per request.
-    #[arg(long, value_parser = parse_size, default_value = "4k")]
-    pub bs: u64,
-    /// Closed loop: requests in flight, all workers together.
-    #[arg(long, default_value_t = 64, conflicts_with = "rate")]
-    pub depth: usize,
-    /// Open loop: requests per second; latency counts from the intended start.
-    #[arg(long, value_name = "IOPS")]
-    pub rate: Option<f64>,
     /// Connections per worker.
     #[arg(long, default_value_t = 1)]
     pub conns: usize,
-    /// Workers (threads).
-    #[arg(long, default_value_t = 1)]
-    pub threads: usize,
-    /// Percent of reads and of writes, as READ:WRITE.
-    #[arg(long, default_value = "0:100")]
-    pub mix: String,
-    /// Order of requests.
-    #[arg(long, value_enum, default_value = "random")]
-    pub pattern: Pattern,
-    /// Seconds before measuring starts.
-    #[arg(long, value_name = "SECONDS", default_value_t = 1.0)]
-    pub warmup: f64,
-    /// Seconds measured.
-    #[arg(long, default_value_t = 10.0)]
-    pub seconds: f64,
-    /// Measure this many requests instead (no warm-up).
-    #[arg(long)]
-    pub ops: Option<u64>,
-    /// Stamp every block written, judge every block read, and read everything written at the end.
-    #[arg(long)]
-    pub verify: bool,
-    /// Only read and judge what the state file says, and settle what was unanswered (after a restart of the server).
-    #[arg(long, requires = "state")]
-    pub verify_only: bool,
-    /// Remember what was written here; an existing file is continued.
-    #[arg(long, value_name = "FILE")]
-    pub state: Option<PathBuf>,
     /// Stop when a connection breaks and leave what is open unanswered (for crash tests); no final check.
     #[arg(long)]
     pub until_disconnect: bool,
-    /// Write the whole span once before.
-    #[arg(long)]
-    pub fill: bool,
     /// Create the copysets, with the server or all `--peers` as their members, and wait for their leaders.
     #[arg(long)]
     pub create: bool,
@@ -107,21 +58,9 @@ pub struct Args {
     /// First timeout of a request, in milliseconds; doubles up to 8000 (2000 with `--peers`).
     #[arg(long, value_name = "MS", default_value_t = 1000)]
     pub timeout: u64,
-    /// Seconds without any answer after which open requests are left unanswered.
-    #[arg(long, value_name = "SECONDS", default_value_t = 30.0)]
-    pub give_up: f64,
-    /// Seed of everything random.
-    #[arg(long, default_value_t = 1)]
-    pub seed: u64,
-    /// Process of the server; found by its port if it is local.
-    #[arg(long, value_name = "PID")]
-    pub server_pid: Option<u32>,
-    /// A path on the server's disk, to count its device writes.
-    #[arg(long, value_name = "PATH")]
-    pub disk: Option<PathBuf>,
-    /// Write the results to this file as JSON.
-    #[arg(long, value_name = "FILE")]
-    pub json: Option<PathBuf>,
+    /// The load.
+    #[command(flatten)]
+    pub load: Load,
 }
 
 /// Runs the command; the report says whether anything was wrong.
@@ -129,17 +68,17 @@ pub fn run(args: &Args) -> Result<Report> {
     let plan = Plan::check(args)?;
     let mut session = Session::open(&plan)?;
     let mut side = Stats::default();
-    if plan.args.verify_only {
+    if plan.args.load.verify_only {
         let (stats, survival) = session.sweep(Check::Settle)?;
         session.save()?;
         return Ok(Report::check_only(stats, survival));
     }
-    if plan.args.fill {
+    if plan.args.load.fill {
         side.add_counts(session.fill()?);
     }
     let (load, seconds, delta) = session.load()?;
     // A crash test's server is gone: its check comes after the restart.
-    if plan.args.verify && !(plan.args.until_disconnect && load.disconnects > 0) {
+    if plan.args.load.verify && !(plan.args.until_disconnect && load.disconnects > 0) {
         let (stats, _) = session.sweep(Check::Judge)?;
         side.add_counts(stats);
     }
@@ -167,23 +106,20 @@ impl Plan {
         };
         let copysets = parse_copysets(&args.copysets)?;
         let total = copysets.len() as u64 * args.chunks;
-        if total == 0 || args.threads == 0 || args.conns == 0 || args.depth == 0 {
-            bail!("--chunks, --threads, --conns and --depth must not be 0");
+        let read = args.load.check()?;
+        if total == 0 || args.conns == 0 {
+            bail!("--chunks and --conns must not be 0");
         }
-        let span = (args.span.unwrap_or(total * args.chunk_size) / total).min(args.chunk_size);
-        let span = u32::try_from(span / args.bs.max(1) * args.bs).context("--chunk-size: 4 GiB or more")?;
-        if args.bs == 0 || !args.bs.is_multiple_of(BLOCK as u64) || span == 0 {
-            bail!("--bs must be a multiple of 4096 and fit into the --span of a chunk");
+        let span = (args.load.span.unwrap_or(total * args.chunk_size) / total).min(args.chunk_size);
+        let span = u32::try_from(span / args.load.bs * args.load.bs).context("--chunk-size: 4 GiB or more")?;
+        if span == 0 {
+            bail!("--bs must fit into the --span of a chunk");
         }
-        if args.rate.is_some_and(|rate| !rate.is_finite() || rate <= 0.0) {
-            bail!("--rate must be above 0");
-        }
-        let read = parse_mix(&args.mix)?;
         let place = |index: u64| {
             let (pool, copyset) = copysets.get((index % copysets.len() as u64) as usize).copied().unwrap_or_default();
             ChunkAddr { pool, copyset, chunk: args.first_chunk + index }
         };
-        let workers = (args.threads as u64).min(total);
+        let workers = (args.load.threads as u64).min(total);
         let part = |worker: u64| (0..total).filter(|index| index % workers == worker).map(place).collect();
         let geometries = (0..workers).map(|worker| Geometry { chunks: part(worker), span }).collect();
         Ok(Self { args: args.clone(), nodes, copysets, geometries, read_percent: read })
@@ -211,13 +147,13 @@ impl<'a> Session<'a> {
             // Whom nobody knows yet, redirects will tell.
             setup::find_leaders(&mut leaders, &mut plan.copysets.clone())?;
         }
-        let state = State::continued(args.state.as_deref(), args.verify_only, args.seed, fresh)?;
-        let models = state.models(&plan.geometries, args.verify || args.verify_only)?;
+        let state = State::continued(args.load.state.as_deref(), args.load.verify_only, args.load.seed, fresh)?;
+        let models = state.models(&plan.geometries, args.load.verify || args.load.verify_only)?;
         Ok(Self { plan, state, models, leaders, progress: Arc::default() })
     }
 
     fn save(&mut self) -> Result<()> {
-        let Some(path) = &self.plan.args.state else { return Ok(()) };
+        let Some(path) = &self.plan.args.load.state else { return Ok(()) };
         let models: Vec<Model> = self.models.iter_mut().filter_map(Option::take).collect();
         self.state.absorb(&models);
         self.state.save(path)
@@ -232,7 +168,7 @@ impl<'a> Session<'a> {
             timeout: args.timeout.max(1) * 1_000_000,
             measure_from: 0,
             stop_at: u64::MAX,
-            give_up: (args.give_up * SECOND as f64) as u64,
+            give_up: args.load.give_up_ns(),
             ops: u64::MAX,
             inflight_max: usize::MAX,
             until_disconnect: false,
@@ -247,7 +183,6 @@ impl<'a> Session<'a> {
         during: impl FnOnce(Instant, &AtomicBool) -> T,
     ) -> Result<(Stats, Survival, u64, T)> {
         self.progress.store(0, Ordering::Relaxed);
-        let running = AtomicBool::new(true);
         let mut engines = Vec::new();
         for (worker, geometry) in self.plan.geometries.iter().enumerate() {
             let model = self.models.get_mut(worker).and_then(Option::take);
@@ -257,22 +192,11 @@ impl<'a> Session<'a> {
         }
         let epoch = Instant::now();
         let (nodes, progress, conns) = (&self.plan.nodes[..], &self.progress, config.conns);
-        let (results, seen) = std::thread::scope(|scope| {
-            let start = |engine| scope.spawn(move || driver::run(engine, nodes, conns, epoch, progress));
-            let handles: Vec<_> = engines.into_iter().map(start).collect();
-            let running_ref = &running;
-            let watcher = scope.spawn(move || {
-                let results: Vec<_> = handles.into_iter().map(std::thread::ScopedJoinHandle::join).collect();
-                running_ref.store(false, Ordering::Release);
-                results
-            });
-            let seen = during(epoch, &running);
-            (watcher.join(), seen)
-        });
+        let worker = |engine| move || driver::run(engine, nodes, conns, epoch, progress);
+        let (results, seen) = phase::run(engines.into_iter().map(worker).collect(), |running| during(epoch, running))?;
         let (mut stats, mut survival, mut length) = (Stats::default(), Survival::default(), 0);
-        let results = results.map_err(|_| anyhow::anyhow!("a worker panicked"))?;
         for (slot, result) in self.models.iter_mut().zip(results) {
-            let (engine, end) = result.map_err(|_| anyhow::anyhow!("a worker panicked"))??;
+            let (engine, end) = result?;
             self.leaders.clone_from(engine.leaders());
             let (part, model, survived) = engine.into_results(end);
             *slot = model;
@@ -286,8 +210,7 @@ impl<'a> Session<'a> {
     }
 
     fn fill(&mut self) -> Result<Stats> {
-        let check = if self.plan.args.verify { Check::Judge } else { Check::Off };
-        let config = self.config(check);
+        let config = self.config(self.plan.args.load.judging());
         let total: u64 = self
             .plan
             .geometries
@@ -300,10 +223,7 @@ impl<'a> Session<'a> {
             |_, geometry, _| (Source::fill(geometry, SWEEP_SIZE), Pace::Closed(SWEEP_DEPTH), u64::MAX),
             |_, running| report::progress("fill", total, &progress, running),
         )?;
-        if stats.unanswered + stats.failed > 0 {
-            bail!("fill: {} requests refused, {} unanswered: {:?}", stats.failed, stats.unanswered, stats.statuses);
-        }
-        Ok(stats)
+        complete("fill", stats)
     }
 
     /// Reads every block written, over fresh connections.
@@ -315,54 +235,25 @@ impl<'a> Session<'a> {
             |_, geometry, model| (Source::written(geometry, model, SWEEP_SIZE), Pace::Closed(SWEEP_DEPTH), u64::MAX),
             |_, running| report::progress("check", 0, &progress, running),
         )?;
-        if stats.unanswered + stats.failed > 0 {
-            bail!("check: {} reads refused, {} unanswered: {:?}", stats.failed, stats.unanswered, stats.statuses);
-        }
-        Ok((stats, survival))
+        Ok((complete("check", stats)?, survival))
     }
 
     fn load(&mut self) -> Result<(Stats, f64, Delta)> {
         let args = &self.plan.args;
-        let (warmup, seconds) = if args.ops.is_some() { (0.0, f64::INFINITY) } else { (args.warmup, args.seconds) };
-        let nanos = |seconds: f64| (seconds * SECOND as f64) as u64;
+        let (from, until) = args.load.window();
         let config = Config {
-            measure_from: nanos(warmup),
-            stop_at: nanos(warmup + seconds),
-            inflight_max: if args.rate.is_some() { OPEN_INFLIGHT_MAX } else { usize::MAX },
+            measure_from: from,
+            stop_at: until,
+            inflight_max: args.load.inflight_max(),
             until_disconnect: args.until_disconnect,
-            ..self.config(if args.verify { Check::Judge } else { Check::Off })
+            ..self.config(args.load.judging())
         };
-        let target = Targets::find(&self.plan.nodes, args.server_pid, args.disk.as_deref());
-        let workers = self.plan.geometries.len();
-        let read_percent = self.plan.read_percent;
-        let (until, end) = (config.measure_from, config.stop_at);
-        let start = |worker: usize, _: &Geometry, _: Option<&Model>| {
-            let rng = Rng::new(args.seed ^ mix(worker as u64));
-            let size = args.bs as u32;
-            let source = Source::Load { pattern: args.pattern, read_percent, size, cursor: 0, rng };
-            let share = |total: usize| total / workers + usize::from(worker < total % workers);
-            let pace =
-                args.rate.map_or(Pace::Closed(share(args.depth).max(1)), |rate| Pace::open(rate / workers as f64));
-            (source, pace, args.ops.map_or(u64::MAX, |ops| share(ops as usize) as u64))
-        };
-        let (stats, _, length, delta) = self.phase(&config, start, |epoch, running| {
-            wait_until(epoch, until, running);
-            let before = target.sample();
-            wait_until(epoch, end, running);
-            before.until(&target.sample())
-        })?;
-        let measured = if args.ops.is_some() { stats.last_answer } else { length.min(end).saturating_sub(until) };
-        Ok((stats, measured as f64 / SECOND as f64, delta))
-    }
-}
-
-/// Sleeps until `nanos` after `epoch`, or until the workers are done.
-pub(crate) fn wait_until(epoch: Instant, nanos: u64, running: &AtomicBool) {
-    while running.load(Ordering::Acquire) {
-        let left = Duration::from_nanos(nanos).saturating_sub(epoch.elapsed());
-        if left.is_zero() {
-            return;
-        }
-        std::thread::sleep(left.min(Duration::from_millis(20)));
+        let target = Targets::find(&self.plan.nodes, args.load.server_pid, args.load.disk.as_deref());
+        let (workers, read_percent) = (self.plan.geometries.len(), self.plan.read_percent);
+        let part = |worker: usize, _: &Geometry, _: Option<&Model>| args.load.part(worker, workers, read_percent);
+        let (stats, _, length, delta) =
+            self.phase(&config, part, |epoch, running| target.measure(epoch, (from, until), running))?;
+        let seconds = args.load.measured(&stats, length);
+        Ok((stats, seconds, delta))
     }
 }
