@@ -1,4 +1,5 @@
-//! The only file that knows io_uring: one ring per shard, one `io_uring_enter` a turn. One of the two rooms with `unsafe`.
+//! The only room that knows io_uring: one ring per shard, one `io_uring_enter` a turn. This file, not those below it,
+//! has `unsafe`.
 //!
 //! Every operation in flight owns its memory through a `Flight`: buffers, iovecs and the message header live there,
 //! at stable addresses, until the kernel has posted the completion. A `Uring` that is dropped with operations in
@@ -7,116 +8,26 @@
 //! Ring: SINGLE_ISSUER, DEFER_TASKRUN, SUBMIT_ALL; disk files and the arenas are registered; receives pick their
 //! buffer from a provided-buffer ring, so a waiting receive owns no memory.
 
+mod connect;
+mod flight;
+mod leave;
+mod setup;
+#[cfg(test)]
+mod tests;
+
+pub use setup::{Doorbells, KERNEL_MIN, SetupError, probe};
+
 use crate::io::buffer::{Arena, BLOCK, PoolBuf, RecvBuf};
-use crate::io::{Cancel, Completion, ConnId, Done, Errno, Instant, Io, Op, Token};
+use crate::io::{Cancel, Completion, ConnId, Done, Instant, Io, Op, Token};
 use bytes::Bytes;
+use flight::{Flight, Kind, fill_iov, finish};
 use io_uring::types::{BufRingEntry, Fd, Fixed, FsyncFlags, SubmitArgs, Timespec};
-use io_uring::{IoUring, cqueue, opcode, squeue};
+use io_uring::{IoUring, opcode, squeue};
+use setup::{build, classify, supports};
 use smallvec::SmallVec;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicI32, AtomicU16, AtomicU64, Ordering};
-
-/// Oldest kernel this was built for.
-pub const KERNEL_MIN: &str = "6.1";
-
-/// Why io_uring cannot be used here. There is no fallback engine (decision 0001).
-#[derive(Debug, thiserror::Error)]
-pub enum SetupError {
-    /// The kernel has no io_uring.
-    #[error("this kernel has no io_uring; Linux {KERNEL_MIN} or newer is needed")]
-    Missing,
-    /// A policy forbids it.
-    #[error(
-        "io_uring is forbidden here (seccomp profile, or sysctl kernel.io_uring_disabled); allow it and start again"
-    )]
-    Forbidden,
-    /// A feature is missing.
-    #[error("io_uring of this kernel lacks {0}; Linux {KERNEL_MIN} or newer is needed")]
-    TooOld(&'static str),
-    /// Not enough memory to lock.
-    #[error("io_uring could not lock memory for its rings; raise RLIMIT_MEMLOCK")]
-    Memlock,
-    /// Anything else.
-    #[error("io_uring: {0}")]
-    Other(#[from] std::io::Error),
-}
-
-fn classify(error: std::io::Error) -> SetupError {
-    match error.raw_os_error() {
-        Some(libc::ENOSYS) => SetupError::Missing,
-        Some(libc::EPERM | libc::EACCES) => SetupError::Forbidden,
-        Some(libc::EINVAL) => SetupError::TooOld("SINGLE_ISSUER or DEFER_TASKRUN"),
-        Some(libc::ENOMEM) => SetupError::Memlock,
-        _ => SetupError::Other(error),
-    }
-}
-
-/// Try what a shard needs and throw it away again: the start-up probe.
-///
-/// # Errors
-/// Says in one line what is missing.
-pub fn probe() -> Result<(), SetupError> {
-    let ring = build(8)?;
-    let mut probe = io_uring::Probe::new();
-    ring.submitter().register_probe(&mut probe).map_err(classify)?;
-    for (code, name) in [
-        (opcode::Writev::CODE, "WRITEV"),
-        (opcode::ReadFixed::CODE, "READ_FIXED"),
-        (opcode::Accept::CODE, "ACCEPT"),
-        (opcode::Connect::CODE, "CONNECT"),
-        (opcode::LinkTimeout::CODE, "LINK_TIMEOUT"),
-        (opcode::Recv::CODE, "RECV"),
-        (opcode::SendMsg::CODE, "SENDMSG"),
-        (opcode::Shutdown::CODE, "SHUTDOWN"),
-        (opcode::MsgRingData::CODE, "MSG_RING"),
-        (opcode::AsyncCancel::CODE, "ASYNC_CANCEL"),
-    ] {
-        if !probe.is_supported(code) {
-            return Err(SetupError::TooOld(name));
-        }
-    }
-    Ok(())
-}
-
-fn supports(ring: &IoUring, code: u8) -> bool {
-    let mut probe = io_uring::Probe::new();
-    ring.submitter().register_probe(&mut probe).is_ok() && probe.is_supported(code)
-}
-
-fn build(entries: u32) -> Result<IoUring, SetupError> {
-    let mut builder = IoUring::builder();
-    builder.setup_single_issuer().setup_defer_taskrun().setup_taskrun_flag().setup_submit_all();
-    builder.setup_cqsize(entries * 4);
-    builder.build(entries).map_err(classify)
-}
-
-/// How a shard finds the others to wake them: ring and event fd of each.
-#[derive(Debug)]
-pub struct Doorbells {
-    rings: Vec<AtomicI32>,
-    events: Vec<OwnedFd>,
-}
-
-impl Doorbells {
-    /// For `shards` shards.
-    ///
-    /// # Errors
-    /// When the process is out of file descriptors.
-    pub fn new(shards: u16) -> std::io::Result<Arc<Self>> {
-        let events = (0..shards)
-            .map(|_| Ok(rustix::event::eventfd(0, rustix::event::EventfdFlags::CLOEXEC)?))
-            .collect::<std::io::Result<_>>()?;
-        Ok(Arc::new(Self { rings: (0..shards).map(|_| AtomicI32::new(-1)).collect(), events }))
-    }
-
-    /// Wake a shard from a thread without a ring (the control thread). One system call.
-    pub fn ring(&self, shard: u16) {
-        if let Some(event) = self.events.get(usize::from(shard)) {
-            let _ = rustix::io::write(event, &1u64.to_ne_bytes());
-        }
-    }
-}
+use std::sync::atomic::{AtomicU16, AtomicU64, Ordering};
 
 /// What a ring is made of.
 #[derive(Debug)]
@@ -144,44 +55,6 @@ pub struct RingCounters {
     pub enters: AtomicU64,
     /// Completions reaped.
     pub completions: AtomicU64,
-}
-
-enum Kind {
-    Free,
-    Read(Option<PoolBuf>),
-    Write {
-        len: usize,
-    },
-    Sync,
-    Accept,
-    Connect(Box<connect::Connecting>),
-    Recv(ConnId),
-    RecvInto(ConnId, Option<PoolBuf>),
-    /// `life`: see [`Uring::lives`].
-    Send {
-        conn: ConnId,
-        life: u32,
-        len: usize,
-        sent: usize,
-    },
-    Close,
-}
-
-/// One operation in flight; boxed so that its address is stable.
-struct Flight {
-    token: Token,
-    kind: Kind,
-    bufs: SmallVec<[Bytes; 16]>,
-    iov: Vec<libc::iovec>,
-    header: libc::msghdr,
-}
-
-impl Flight {
-    fn new() -> Box<Self> {
-        // SAFETY: an all-zero msghdr is a valid "nothing" value.
-        let header = unsafe { std::mem::zeroed() };
-        Box::new(Self { token: Token(0), kind: Kind::Free, bufs: SmallVec::new(), iov: Vec::with_capacity(64), header })
-    }
 }
 
 // User data of completions that belong to no flight.
@@ -336,7 +209,8 @@ impl Uring {
 
     fn take(&mut self, token: Token, kind: Kind) -> u32 {
         let slot = self.free.pop().unwrap_or_else(|| {
-            self.flights.push(Flight::new());
+            // SAFETY: an all-zero msghdr is a valid "nothing" value.
+            self.flights.push(Flight::new(unsafe { std::mem::zeroed() }));
             (self.flights.len() - 1) as u32
         });
         let flight = &mut self.flights[slot as usize];
@@ -506,77 +380,6 @@ impl Uring {
     }
 }
 
-/// Turn a kernel completion into ours; `None` = a short send that goes on.
-fn finish(flight: &mut Flight, entry: &cqueue::Entry, recv: &mut RecvRing, open: bool, cut: bool) -> Option<Done> {
-    let result = entry.result();
-    let errno = || Errno(-result);
-    let whole = |len: usize| {
-        if result < 0 {
-            Err(errno())
-        } else if result as usize == len {
-            Ok(())
-        } else {
-            Err(Errno(libc::EIO))
-        }
-    };
-    Some(match &mut flight.kind {
-        Kind::Read(buf) => {
-            let buf = buf.take().expect("a read owns its buffer");
-            let result = whole(buf.len());
-            Done::Read { buf, result }
-        }
-        Kind::Write { len } => Done::Write(whole(*len)),
-        Kind::Sync => Done::Sync(whole(0)),
-        Kind::Accept => Done::Accept(if result < 0 { Err(errno()) } else { Ok(ConnId(result)) }),
-        Kind::Connect(connecting) => Done::Connect(connecting.finish(result)),
-        Kind::Recv(_) => {
-            // Whatever the result: a buffer that was used up is ours again.
-            let buf = cqueue::buffer_select(entry.flags()).map(|id| recv.take(id, result.max(0) as usize));
-            Done::Recv(if result < 0 { Err(errno()) } else { Ok(buf.unwrap_or_else(|| RecvBuf::new(Bytes::new()))) })
-        }
-        Kind::RecvInto(_, buf) => Done::RecvInto {
-            buf: buf.take().expect("a receive owns its buffer"),
-            result: if result < 0 { Err(errno()) } else { Ok(result as usize) },
-        },
-        Kind::Send { len, sent, .. } => {
-            if cut && open && (result > 0 || result == -libc::ECANCELED) {
-                *sent += result.max(0) as usize;
-                if *sent < *len {
-                    return Some(Done::SendCut(leave::without(&mut flight.bufs, *sent)));
-                }
-                Done::Send(Ok(()))
-            } else if result < 0 {
-                Done::Send(Err(errno()))
-            } else {
-                *sent += result as usize;
-                if *sent < *len && result > 0 && open {
-                    return None;
-                }
-                Done::Send(if *sent == *len { Ok(()) } else { Err(Errno(libc::EPIPE)) })
-            }
-        }
-        Kind::Close => Done::Close,
-        Kind::Free => unreachable!("a completion for a free flight"),
-    })
-}
-
-/// Describe `bufs` without their first `skip` bytes; returns the length described.
-fn fill_iov(bufs: &[Bytes], mut skip: usize, iov: &mut Vec<libc::iovec>) -> usize {
-    iov.clear();
-    let mut total = 0;
-    for buf in bufs {
-        if skip >= buf.len() {
-            skip -= buf.len();
-            continue;
-        }
-        let rest = &buf[skip..];
-        skip = 0;
-        total += rest.len();
-        iov.push(libc::iovec { iov_base: rest.as_ptr().cast_mut().cast(), iov_len: rest.len() });
-    }
-    total
-}
-
 /// Register the arenas as fixed buffers; without enough lockable memory go on unregistered, with one warning.
 fn register_arenas(ring: &IoUring, arenas: &[Arc<Arena>]) -> bool {
     let iov: Vec<_> = arenas
@@ -716,8 +519,3 @@ impl Drop for Uring {
         }
     }
 }
-
-mod connect;
-mod leave;
-#[cfg(test)]
-mod tests;

@@ -4,7 +4,8 @@
 //! not get connected is closed with it. Sockets are blocking, as accepted ones are: on a non-blocking one the ring would
 //! answer EAGAIN instead of waiting.
 
-use super::{IGNORE, Kind, Uring};
+use super::flight::Kind;
+use super::{IGNORE, Uring};
 use crate::io::{Address, ConnId, Errno, Token};
 use io_uring::types::{Fd, Timespec};
 use io_uring::{opcode, squeue};

@@ -1,6 +1,7 @@
 //! What a ring does for a hand-over: end operations on sockets early, and leave its doorbell to its successor.
 
-use super::{IGNORE, Kind, Uring};
+use super::flight::Kind;
+use super::{IGNORE, Uring};
 use crate::io::{Cancel, Io};
 use bytes::Bytes;
 use io_uring::opcode;
