@@ -1,7 +1,7 @@
 //! The ring against the kernel it runs on: files, sockets, wake-ups.
 
 use super::*;
-use crate::io::{Address, FileId, ListenerId, ShardId};
+use crate::io::{Address, Errno, FileId, ListenerId, ShardId};
 use socket2::{Domain, Socket, Type};
 use std::io::{Read, Write};
 use std::net::SocketAddrV4;
