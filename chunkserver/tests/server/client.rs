@@ -35,6 +35,16 @@ pub(crate) fn read_frame(cid: u64, copyset: u64, chunk: u64, offset: u64, size: 
     request(CHUNK, "ReadChunk", cid, &chunk_request(1, copyset, chunk, offset, size, 0), &[])
 }
 
+/// The next frame of a stream.
+pub(crate) fn receive(stream: &mut impl Read) -> std::io::Result<Response> {
+    let mut frame = vec![0; 12];
+    stream.read_exact(&mut frame)?;
+    let body = u32::from_be_bytes(frame[4..8].try_into().unwrap()) as usize;
+    frame.resize(12 + body, 0);
+    stream.read_exact(&mut frame[12..])?;
+    Ok(responses(&frame).remove(0))
+}
+
 /// Bytes that tell place and version apart, for whole blocks.
 pub(crate) fn pattern(seed: u64, len: usize) -> Vec<u8> {
     let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
@@ -66,12 +76,7 @@ impl Client {
     }
 
     pub(crate) fn try_receive(&mut self) -> std::io::Result<Response> {
-        let mut frame = vec![0; 12];
-        self.stream.read_exact(&mut frame)?;
-        let body = u32::from_be_bytes(frame[4..8].try_into().unwrap()) as usize;
-        frame.resize(12 + body, 0);
-        self.stream.read_exact(&mut frame[12..])?;
-        Ok(responses(&frame).remove(0))
+        receive(&mut self.stream)
     }
 
     pub(crate) fn receive(&mut self) -> Response {

@@ -1,8 +1,8 @@
 //! A client of the Unix socket, one call after the other or many at once.
 
-use crate::client::BLOCK;
+use crate::client::{BLOCK, receive};
 use crate::harness::{Lab, MIB, PATIENCE, Setup, wait_for};
-use crate::wire::{Message, Response, Value, fields, request, responses};
+use crate::wire::{Message, Response, Value, fields, request};
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
 
@@ -69,12 +69,7 @@ impl Nebd {
     }
 
     pub(super) fn try_receive(&mut self) -> std::io::Result<Response> {
-        let mut frame = vec![0; 12];
-        self.stream.read_exact(&mut frame)?;
-        let body = u32::from_be_bytes(frame[4..8].try_into().unwrap()) as usize;
-        frame.resize(12 + body, 0);
-        self.stream.read_exact(&mut frame[12..])?;
-        Ok(responses(&frame).remove(0))
+        receive(&mut self.stream)
     }
 
     /// Send a call; its number.

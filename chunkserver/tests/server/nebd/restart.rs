@@ -4,7 +4,9 @@
 use super::client::{FILE, K, Nebd, OK, VOL1, lab, range};
 use crate::client::pattern;
 use crate::harness::Lab;
+use crate::upgrade::{Heir, upgrade};
 use crate::wire::request;
+use rustix::process::Signal;
 use std::collections::BTreeMap;
 use std::io::Write;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -98,40 +100,74 @@ impl<'a> Part1<'a> {
     }
 }
 
-#[test]
-fn a_server_is_exchanged_under_load() {
-    let lab = lab("");
-    let first = lab.start();
-    let fd = Nebd::connect(&lab).open(VOL1);
+/// Writes while `exchange` happens, from one client; at the end every answered write is there. How many connections it
+/// took.
+fn under_load(lab: &Lab, exchange: impl FnOnce()) -> u64 {
+    let fd = Nebd::connect(lab).open(VOL1);
     let stop = AtomicBool::new(false);
-    let (server, (acked, count, longest, connections)) = std::thread::scope(|scope| {
-        let mut server = first;
+    let part1 = std::thread::scope(|scope| {
         let load = scope.spawn(|| {
-            let mut part1 = Part1::new(&lab, fd);
+            let mut part1 = Part1::new(lab, fd);
             while !stop.load(Ordering::Relaxed) || !part1.pending.is_empty() {
                 part1.step(!stop.load(Ordering::Relaxed));
             }
-            (part1.acked, part1.next, part1.longest, part1.connections)
+            part1
         });
-        for round in 0..6 {
-            std::thread::sleep(Duration::from_millis(300));
-            if round % 2 == 0 {
-                server.stop();
-            } else {
-                server.kill();
-            }
-            server = lab.start();
-        }
+        exchange();
         std::thread::sleep(Duration::from_millis(300));
         stop.store(true, Ordering::Relaxed);
-        (server, load.join().unwrap())
+        load.join().unwrap()
     });
-    println!("{count} writes over {connections} connections, longest {} ms", longest.as_millis());
-    assert!(count > 200 && connections > 6, "{count} {connections}");
-    let mut client = Nebd::connect(&lab);
-    for (block, version) in acked {
+    let (count, connections) = (part1.next, part1.connections);
+    println!("{count} writes over {connections} connections, longest {} ms", part1.longest.as_millis());
+    assert!(count > 200, "{count}");
+    let mut client = Nebd::connect(lab);
+    for (block, version) in part1.acked {
         assert!(client.read(fd, block * 4096, 4096) == (OK, pattern(seed(block, version), K)), "block {block}");
     }
     assert_eq!(client.plain("CloseFile", fd), OK);
-    server.stop();
+    connections
+}
+
+#[test]
+fn a_server_is_exchanged_under_load() {
+    let lab = lab("");
+    let mut server = Some(lab.start());
+    let connections = under_load(&lab, || {
+        for round in 0..6 {
+            std::thread::sleep(Duration::from_millis(300));
+            let old = server.take().unwrap();
+            if round % 2 == 0 {
+                old.stop();
+            } else {
+                old.kill();
+            }
+            server = Some(lab.start());
+        }
+    });
+    assert!(connections > 6, "{connections}");
+    server.unwrap().stop();
+}
+
+#[test]
+fn a_server_hands_over_under_load() {
+    let lab = lab("");
+    let mut first = lab.start();
+    let mut heir: Option<Heir> = None;
+    let connections = under_load(&lab, || {
+        for _ in 0..3 {
+            std::thread::sleep(Duration::from_millis(300));
+            heir = Some(upgrade(&lab).0);
+        }
+    });
+    assert!(connections > 3, "a hand-over closes them: {connections}");
+    assert!(first.wait().success());
+    // A file that was open when a server took over is known to it, and to the next that is started.
+    let fd = Nebd::connect(&lab).open(VOL1);
+    let heir = heir.map(|_| upgrade(&lab).0);
+    assert_eq!(Nebd::connect(&lab).open(VOL1), fd);
+    heir.unwrap().end(Signal::TERM);
+    let last = lab.start();
+    assert_eq!(Nebd::connect(&lab).open(VOL1), fd);
+    last.stop();
 }
