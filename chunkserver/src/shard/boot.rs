@@ -367,6 +367,8 @@ impl Shard {
             max_waiting: usize::MAX,
             max_waiting_bytes: usize::MAX,
             suspect: lost,
+            // Idle copysets cost heartbeats and nothing else; of three in T, two may be late.
+            heartbeat_ns: 2 * self.tick_ns(),
             ..copyset::Config::new(id, self.config.peer, 0).with_election_timeout(self.config.election_ms * 1_000_000)
         };
         let checkpoint =

@@ -57,9 +57,9 @@ impl Shard {
         self.peers.stepped_bytes = 0;
     }
 
-    /// Half of a heartbeat's interval.
-    fn tick_ns(&self) -> u64 {
-        (self.config.election_ms * 100_000).max(1_000_000)
+    /// Half of a heartbeat's interval, which is a third of the election timeout.
+    pub(super) fn tick_ns(&self) -> u64 {
+        (self.config.election_ms * 1_000_000 / 6).max(1_000_000)
     }
 
     /// Raft time. Sole voters need none; a missed tick is dropped (rule 17). A copyset that lost part of its log neither
