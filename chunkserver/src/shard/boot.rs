@@ -124,6 +124,7 @@ impl Shard {
             catch_up: super::catchup::CatchUp::default(),
             installs: super::install::Installs::default(),
             supply: super::supply::Supply::default(),
+            throttle: super::throttle::Throttle::new(config.snapshot_rate),
             mends: super::mend::Mends::default(),
             suspects: super::suspects::Suspects::default(),
             members: super::members::Members::default(),

@@ -32,6 +32,7 @@ mod supply;
 mod suspects;
 #[cfg(test)]
 mod tests;
+mod throttle;
 mod trash;
 
 pub use boot::log_geometry;
@@ -74,6 +75,8 @@ pub struct Config {
     pub flush_age_ns: u64,
     /// Election timeout of copysets with several voters, milliseconds.
     pub election_ms: u64,
+    /// Chunk data of raft snapshots that may move, in and out together, bytes per second; 0: no limit.
+    pub snapshot_rate: u64,
     /// A deleted copyset's chunks are kept for so long, seconds; 0: not at all.
     pub trash_s: u64,
     /// Seconds since 1970 when `Instant` was 0.
@@ -221,6 +224,7 @@ pub struct Shard {
     catch_up: catchup::CatchUp,
     installs: install::Installs,
     supply: supply::Supply,
+    throttle: throttle::Throttle,
     mends: mend::Mends,
     suspects: suspects::Suspects,
     members: members::Members,
@@ -365,6 +369,7 @@ impl Shard {
         self.suspects_step(out);
         self.start_waiting_reads(out);
         self.replay_step();
+        self.supply_waiting(out);
         self.supply_step(out);
         self.drain_step(out);
         self.publish();
@@ -396,6 +401,7 @@ impl Shard {
                 };
                 self.flush_deadline()
                     .min(self.install_deadline())
+                    .min(self.supply_deadline())
                     .min(self.mend_deadline())
                     .min(self.suspects_deadline())
                     .min(self.log_write_deadline())

@@ -159,6 +159,12 @@ impl Copyset {
         out.push(Effect::SnapshotNeeded { peer, index, term, conf: snapshot.data.clone() });
     }
 
+    /// Chunks are offered to this peer instead of entries.
+    #[must_use]
+    pub fn feeds(&self, peer: u64) -> bool {
+        self.offers.contains_key(&peer)
+    }
+
     /// A peer is fetching chunks: its offer stands.
     pub fn snapshot_progress(&mut self, now: u64, peer: u64) {
         self.time.advance(now);

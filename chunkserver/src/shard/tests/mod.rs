@@ -5,6 +5,7 @@ mod changes;
 mod cluster;
 mod crash;
 mod hostile;
+mod limited;
 mod mend;
 mod model;
 mod pressure;

@@ -191,6 +191,7 @@ impl World {
             dirty_limit: self.setup.dirty_limit,
             flush_age_ns: self.setup.flush_age_ms * 1_000_000,
             election_ms: 1000,
+            snapshot_rate: 0,
             trash_s: 0,
             wall_s: 0,
             seed: self.rng.next(),
