@@ -7,11 +7,11 @@ use crate::metrics::Counter;
 use crate::shard::request::{ChunkOp, Outcome, Reply, RequestOp};
 use raftlog::{BLOCK, CopysetId};
 
-const ID: CopysetId = CopysetId::new(1, 1);
-const CHUNK: u64 = 1;
+pub(super) const ID: CopysetId = CopysetId::new(1, 1);
+pub(super) const CHUNK: u64 = 1;
 
 /// Three replicas of a copyset with a chunk of three blocks, all on their slots; and who leads.
-fn three(seed: u64) -> (Cluster, usize) {
+pub(super) fn three(seed: u64) -> (Cluster, usize) {
     let mut c = Cluster::new(3, &Setup { flush_age_ms: 1, ..Setup::default() }, seed);
     c.create(ID, &[0, 1, 2]);
     let leader = c.wait_leader(ID);
@@ -117,8 +117,10 @@ fn a_log_that_lost_durable_records_catches_up() {
         c.kill(node);
         c.nodes[node].rot(12, in_front);
         c.start(node);
+        c.until("it serves again", |c| c.nodes[node].shard().serving());
+        assert!(c.nodes[node].shard().lost.contains(&ID), "that was noticed");
         written(&mut c);
-        assert!(!c.nodes[node].shard().groups[&ID].raft.is_suspect());
+        c.until("it is trusted again", |c| !c.nodes[node].shard().groups[&ID].raft.is_suspect());
         c.compare(ID, CHUNK + 1);
         // It counts again: with it and without another one, writes are answered.
         let third = (leader + 2) % 3;

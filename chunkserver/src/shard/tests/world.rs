@@ -98,6 +98,7 @@ pub(super) struct Setup {
     pub(super) work_arena: usize,
     pub(super) dirty_limit: usize,
     pub(super) flush_age_ms: u64,
+    pub(super) trash_s: u64,
     pub(super) peer: u64,
 }
 
@@ -112,6 +113,7 @@ impl Default for Setup {
             work_arena: 2 << 20,
             dirty_limit: 512 << 10,
             flush_age_ms: 50,
+            trash_s: 0,
             peer: PEER,
         }
     }
@@ -192,7 +194,7 @@ impl World {
             flush_age_ns: self.setup.flush_age_ms * 1_000_000,
             election_ms: 1000,
             snapshot_rate: 0,
-            trash_s: 0,
+            trash_s: self.setup.trash_s,
             wall_s: 0,
             seed: self.rng.next(),
         };
@@ -496,6 +498,7 @@ impl World {
         let found =
             self.disk.durable[zone.clone()].chunks(BLOCK).position(|b| b.chunks(8).all(|w| w == stamp.to_le_bytes()));
         let at = zone.start + (found.expect("the stamp is in the log") - usize::from(in_front)) * BLOCK;
+        self.disk.current[at + 9] ^= 0x40;
         self.disk.durable[at + 9] ^= 0x40;
     }
 
