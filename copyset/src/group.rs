@@ -15,6 +15,7 @@ mod flow;
 mod member;
 mod read;
 mod ready;
+mod renew;
 mod snapshot;
 mod status;
 mod step;
@@ -46,8 +47,9 @@ use std::rc::Rc;
 
 pub use member::{ChangeRefused, InProgress, Started};
 use ready::{MEMBERS_MAX, send};
-use snapshot::Installing;
+pub use renew::{Renewal, ResetRefused};
 pub use snapshot::{InstallError, Offer};
+use snapshot::{Installing, What};
 pub use status::Role;
 
 /// Why a proposal was not taken.
@@ -104,6 +106,8 @@ pub struct Copyset {
     /// The checkpoint that was offered to this replica.
     offer: Option<Offer>,
     installing: Option<Installing>,
+    /// See [`Self::freeze`].
+    frozen: bool,
     suspicion: Suspicion,
     /// Not fit to lead, says the shard.
     held_back: bool,
@@ -184,6 +188,7 @@ impl Copyset {
             offers: BTreeMap::new(),
             offer: None,
             installing: None,
+            frozen: false,
             suspicion: if config.suspect { Suspicion::Unknown } else { Suspicion::Clear },
             held_back: false,
             removed: false,
@@ -254,7 +259,7 @@ impl Copyset {
     /// True if [`Self::ready`] has anything to do.
     #[must_use]
     pub fn dirty(&self) -> bool {
-        if self.installing.is_some() {
+        if self.inert() {
             return !self.outbox.is_empty();
         }
         self.proposals.has_queued()
@@ -267,7 +272,7 @@ impl Copyset {
 
     /// Drains raft: new entries go to the log, effects to `out`. Called at the end of a turn.
     pub fn ready(&mut self, out: &mut Vec<Effect>) {
-        if self.installing.is_some() {
+        if self.inert() {
             return out.append(&mut self.outbox);
         }
         self.propose_queued();
@@ -291,8 +296,11 @@ impl Copyset {
     /// The log is durable up to batch `durable`.
     pub fn persisted(&mut self, durable: Seq) {
         self.durable = self.durable.max(durable);
-        if let Some(Installing { offer, .. }) = self.installing.take_if(|it| it.seq <= durable) {
-            return self.installed(&offer);
+        if let Some(Installing { what, .. }) = self.installing.take_if(|it| it.seq <= durable) {
+            return match what {
+                What::Offer(offer) => self.installed(&offer),
+                What::Renewal(suspicion) => self.renewed(suspicion),
+            };
         }
         let mut number = None;
         while let Some(held) = self.held.pop_front_if(|held| held.seq <= durable) {

@@ -128,6 +128,7 @@ impl Shard {
             mends: super::mend::Mends::default(),
             suspects: super::suspects::Suspects::default(),
             members: super::members::Members::default(),
+            renewals: super::renew::Renewals::default(),
             parked: Slab::new(),
             flush: flush::Flush::new(now),
             pace: super::pace::Pace::new(),

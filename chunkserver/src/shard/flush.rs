@@ -90,7 +90,11 @@ impl Shard {
     fn round_due(&mut self) -> bool {
         let dirty = self.store.pinned_bytes() as usize;
         let log = self.log.borrow();
-        if log.used_bytes() * 2 >= log.capacity_bytes() || self.writes_wait() || self.checkpoints_wanted() {
+        if log.used_bytes() * 2 >= log.capacity_bytes()
+            || self.writes_wait()
+            || self.checkpoints_wanted()
+            || self.renewals.want_checkpoints()
+        {
             return true;
         }
         let wants = self.extents.wanted();
@@ -236,7 +240,7 @@ impl Shard {
     /// kept for replicas that lag: to send them is cheaper than to send chunks.
     fn checkpoint_index(&self, id: CopysetId, done: u64) -> u64 {
         let several = self.groups.get(&id).is_some_and(|group| group.raft.needs_ticks());
-        if !several || self.members.wants_checkpoint(id) || self.is_short() {
+        if !several || self.members.wants_checkpoint(id) || self.renewals.wants_checkpoint(id) || self.is_short() {
             return done;
         }
         0

@@ -25,6 +25,7 @@ mod pace;
 mod peers;
 mod propose;
 mod read;
+mod renew;
 mod replay;
 pub mod request;
 mod slow;
@@ -228,6 +229,7 @@ pub struct Shard {
     mends: mend::Mends,
     suspects: suspects::Suspects,
     members: members::Members,
+    renewals: renew::Renewals,
     /// Reads that wait for a quorum's word that this replica still leads.
     parked: Slab<Request>,
     flush: flush::Flush,
@@ -367,6 +369,7 @@ impl Shard {
         self.install_step(out);
         self.mend_step(out);
         self.suspects_step(out);
+        self.renew_step(out);
         self.start_waiting_reads(out);
         self.replay_step();
         self.supply_waiting(out);
@@ -532,7 +535,7 @@ impl Shard {
         self.stop_mends(None, outcome, out);
         let parked = std::mem::take(&mut self.parked).into_iter().map(|(_, request)| request.origin);
         let admin = std::mem::take(&mut self.admin).into_iter().filter_map(|pending| pending.origin);
-        for origin in parked.chain(admin).chain(self.members.give_up(None)) {
+        for origin in parked.chain(admin).chain(self.members.give_up(None)).chain(self.renewals.give_up()) {
             reply(out, origin, outcome);
         }
         self.stop_supply(out);

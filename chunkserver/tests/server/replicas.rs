@@ -17,12 +17,12 @@ fn setup() -> Setup {
 }
 
 /// Three nodes with disks.
-struct Nodes {
-    labs: Vec<Lab>,
+pub(super) struct Nodes {
+    pub(super) labs: Vec<Lab>,
 }
 
 impl Nodes {
-    fn new() -> Self {
+    pub(super) fn new() -> Self {
         Self { labs: (0..3).map(|_| Lab::new(setup())).collect() }
     }
 
@@ -31,7 +31,7 @@ impl Nodes {
     }
 
     /// Copysets of all three, each with a leader.
-    fn create(&self) {
+    pub(super) fn create(&self) {
         let count = COPYSETS.to_string();
         self.labs[0].ask(&[
             "copyset",
@@ -50,7 +50,7 @@ impl Nodes {
         }
     }
 
-    fn status(&self, node: usize, copyset: u32) -> Option<Value> {
+    pub(super) fn status(&self, node: usize, copyset: u32) -> Option<Value> {
         let lab = &self.labs[node];
         let out = Command::new(BINARY)
             .args(["copyset", "status", &format!("1:{copyset}"), "--json", "--node", &lab.address.to_string()])
@@ -60,7 +60,7 @@ impl Nodes {
     }
 
     /// Who leads, apart from `but`.
-    fn leader(&self, copyset: u32, but: Option<usize>) -> usize {
+    pub(super) fn leader(&self, copyset: u32, but: Option<usize>) -> usize {
         let mut leader = None;
         wait_for("a leader", || {
             let leads = |&node: &usize| self.status(node, copyset).is_some_and(|seen| seen["state"] == "leader");
@@ -269,7 +269,8 @@ fn a_replica_comes_and_goes() {
     let lab = &nodes.labs[0];
     lab.ask(&["copyset", "create", "--first", "1", "--peers", &format!("{a},{b}")]);
     let leader = nodes.leader(1, None);
-    assert_eq!(servers[leader].client().write(1, 5, 0, &pattern(1, BLOCK)), SUCCESS);
+    // A leader may still have to apply its first entry.
+    wait_for("an answer", || servers[leader].client().write(1, 5, 0, &pattern(1, BLOCK)) == SUCCESS);
     lab.ask(&["copyset", "create", "--first", "1", "--empty-on", &c]);
     assert_eq!(nodes.status(2, 1).unwrap()["state"], "passive");
     let at = lab.address.to_string();

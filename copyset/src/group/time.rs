@@ -15,7 +15,7 @@ impl Copyset {
     /// **read after the input it goes with was received**. An older one would shorten a promise made to a leader.
     pub fn tick(&mut self, now: u64) {
         let due = self.time.tick(now);
-        if self.installing.is_some() {
+        if self.inert() {
             return;
         }
         if self.role() == Role::Leader {
@@ -87,7 +87,7 @@ impl Copyset {
 
     /// A sole voter needs no timer and nobody's vote. raft-rs requires that its whole log is durable.
     pub(super) fn campaign_alone(&mut self) {
-        let alone = self.conf().sole_voter(self.config.peer) && self.installing.is_none();
+        let alone = self.conf().sole_voter(self.config.peer) && !self.inert();
         let able = !self.held_back && !self.suspicion.holds() && self.raw.raft.state != StateRole::Leader;
         if alone && able && self.durable_index() == self.last_index() {
             let _ = self.raw.campaign();

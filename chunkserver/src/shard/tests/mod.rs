@@ -10,6 +10,7 @@ mod mend;
 mod model;
 mod pressure;
 mod random;
+mod renew;
 mod replay;
 mod replicas;
 mod world;
