@@ -12,6 +12,7 @@
 //!   the batch with that vote is, or a learner could be sent two different entries of one term across a crash.
 
 mod flow;
+mod idle;
 mod member;
 mod read;
 mod ready;
@@ -44,6 +45,7 @@ use std::cell::RefCell;
 use std::collections::{BTreeMap, VecDeque};
 use std::rc::Rc;
 
+use idle::Idle;
 pub use member::{ChangeRefused, InProgress, Started};
 use ready::{MEMBERS_MAX, send};
 use snapshot::Installing;
@@ -93,6 +95,7 @@ pub struct Copyset {
     history: History,
     lease: Lease,
     reads: Reads,
+    idle: Idle,
     window: Window,
     fetches: Fetches,
     /// A membership change begun here.
@@ -177,6 +180,7 @@ impl Copyset {
             history: History::new(applied, conf),
             lease: Lease::default(),
             reads: Reads::default(),
+            idle: Idle::new(now),
             window: Window::default(),
             fetches: Fetches::default(),
             plan: None,
@@ -228,6 +232,7 @@ impl Copyset {
         let mut entry = eraftpb::Entry::default();
         (entry.data, entry.context) = (payload, self.contexts.make(header, crcs));
         self.proposals.push(cookie, entry);
+        self.used();
         Ok(())
     }
 

@@ -38,10 +38,13 @@ impl Shard {
         match op {
             AdminOp::CreateCopyset { peers } => self.create_copyset(id, &peers, origin, out),
             AdminOp::DeleteCopyset => self.delete_copyset(id, Some(origin), out),
-            AdminOp::CopysetStatus => match self.copyset_status(id).filter(|_| !self.is_retired(id)) {
-                Some(status) => answer(out, origin, ReplyData::Copysets(vec![status])),
-                None => reply(out, origin, Outcome::NoCopyset),
-            },
+            AdminOp::CopysetStatus => {
+                self.wanted(id);
+                match self.copyset_status(id).filter(|_| !self.is_retired(id)) {
+                    Some(status) => answer(out, origin, ReplyData::Copysets(vec![status])),
+                    None => reply(out, origin, Outcome::NoCopyset),
+                }
+            }
             AdminOp::ListCopysets => {
                 let all = self.copyset_statuses().collect();
                 answer(out, origin, ReplyData::Copysets(all));

@@ -144,6 +144,7 @@ impl Shard {
             wedged: false,
             now,
             next_tick: now,
+            even_tick: false,
             seal_at: Instant::FAR,
             incarnations: 0,
             starved: false,

@@ -72,10 +72,13 @@ impl Shard {
         self.next_tick = Instant::FAR;
         self.leave_slow_disk();
         let lives = |group: &super::Group| group.raft.needs_ticks() && !group.damaged && group.raft.retired() == 0;
+        // A tick is half a heartbeat, and who is idle has time.
+        self.even_tick = !self.even_tick;
         for (&id, group) in self.groups.iter_mut().filter(|(_, group)| lives(group)) {
             self.next_tick = next;
-            group.raft.tick(self.now.0);
-            if group.raft.dirty() && !std::mem::replace(&mut group.dirty, true) {
+            let waits = self.even_tick && group.raft.is_idle();
+            if !waits && group.raft.tick(self.now.0) && group.raft.dirty() && !std::mem::replace(&mut group.dirty, true)
+            {
                 self.dirty.push(id);
             }
         }

@@ -252,6 +252,8 @@ pub struct Shard {
     fetch_at: Instant,
     boot_retry: boot::Retry,
     next_tick: Instant,
+    /// Every other tick, which idle copysets do without.
+    even_tick: bool,
     /// When an idle log says that all of it is durable (rule 5).
     seal_at: Instant,
     incarnations: u64,
@@ -536,6 +538,17 @@ impl Shard {
 
     fn submit(&mut self, out: &mut Effects, task: Task, op: Op) {
         out.ops.push((self.tasks.insert(task) as u64, op));
+    }
+
+    /// A client wants something of a copyset, or wants to know who leads it: it may be idle.
+    fn wanted(&mut self, id: CopysetId) {
+        let now = self.now.0;
+        if let Some(group) = self.groups.get_mut(&id) {
+            group.raft.wanted(now);
+            if group.raft.dirty() {
+                self.mark_dirty(id);
+            }
+        }
     }
 
     fn mark_dirty(&mut self, id: CopysetId) {

@@ -2,14 +2,14 @@
 
 use super::{Copyset, Role};
 use crate::conf::ConfState;
-use crate::screen::{self, Receiver, StepError, from_leader, round_of};
+use crate::screen::{self, IDLE_ASKED, IDLE_TAKEN, Receiver, StepError, from_leader, round_of, says};
 use crate::suspicion::Suspicion;
 use raft::eraftpb::{Message, MessageType};
 use raft::{CAMPAIGN_TRANSFER, StateRole};
 
 impl Copyset {
     /// Takes a peer's message. On an error nothing has changed. `now`: see [`Self::tick`].
-    pub fn step(&mut self, now: u64, message: Message) -> Result<(), StepError> {
+    pub fn step(&mut self, now: u64, mut message: Message) -> Result<(), StepError> {
         self.time.advance(now);
         if self.installing.is_some() {
             return Err(StepError::Installing);
@@ -18,6 +18,9 @@ impl Copyset {
         let kind = message.get_msg_type();
         if from_leader(kind) && self.suspicion.bars(message.term) {
             return Err(StepError::Suspect);
+        }
+        if self.stirred_by(&mut message) && kind == MessageType::MsgRequestPreVote {
+            return Ok(()); // whether there is a leader shows before it is asked again
         }
         match kind {
             MessageType::MsgRequestVote | MessageType::MsgRequestPreVote => {
@@ -41,6 +44,7 @@ impl Copyset {
     pub(super) fn pass(&mut self, message: Message) -> Result<(), StepError> {
         let Message { from, term, index, reject, .. } = message;
         let (kind, round) = (message.get_msg_type(), round_of(&message));
+        let (asked, taken) = (says(&message, IDLE_ASKED), says(&message, IDLE_TAKEN));
         match kind {
             MessageType::MsgAppendResponse if !reject => self.make_room(from, index),
             MessageType::MsgHeartbeatResponse => self.make_way(from),
@@ -53,8 +57,11 @@ impl Copyset {
             return outcome;
         }
         match raft.state {
-            StateRole::Follower if from_leader(kind) && raft.leader_id == from => self.heard_leader(),
+            StateRole::Follower if from_leader(kind) && raft.leader_id == from => self.heard_leader(asked),
             StateRole::Leader if kind == MessageType::MsgHeartbeatResponse => {
+                if taken {
+                    self.idle.taken_by(from);
+                }
                 if let Some(round) = round {
                     self.lease.echo(from, round);
                     self.settle_lease();
@@ -65,9 +72,10 @@ impl Copyset {
         outcome
     }
 
-    fn heard_leader(&mut self) {
+    fn heard_leader(&mut self, idle: bool) {
         let first = self.time.never_led();
         self.time.heard(self.time.now());
+        self.time.set_idle(idle);
         self.removed = false;
         if first {
             self.draw_timeout(); // what was drawn was for a copyset without a leader
