@@ -107,6 +107,58 @@ fn doubt_survives_a_power_cut_and_ends_by_itself() {
 }
 
 #[test]
+fn a_suspect_stays_one_when_what_it_lost_is_out_of_sight() {
+    const OWN: CopysetId = CopysetId::new(1, 2);
+    for seed in 0..4 {
+        let (mut c, leader) = three(seed);
+        let node = (leader + 1) % 3;
+        // An entry that it acknowledges and does not know to be committed: nothing but its batch tells of it.
+        let last = c.nodes[node].shard().groups[&ID].raft.last_index() + 1;
+        let slot = c.nodes[leader].write(ID, CHUNK, 0, 1, 14).expect("a buffer");
+        let holds = |c: &mut Cluster| c.nodes[node].shard().groups[&ID].raft.durable_index() == last;
+        c.until("it holds the entry", holds);
+        c.isolate(node);
+        assert_eq!(c.answer(leader, slot).outcome, Outcome::Success);
+        let sealed = c.now.after_ms(3_000);
+        c.until("the logs are sealed", |c| c.now >= sealed);
+        assert!(c.nodes[node].shard().groups[&ID].raft.commit_index() < last);
+        c.kill(node);
+        c.nodes[node].rot(14, true);
+        c.start(node);
+        c.until("it serves again", |c| c.nodes[node].shard().serving());
+        assert!(c.nodes[node].shard().lost.contains(&ID));
+        // All segments of the log are used anew.
+        c.create(OWN, &[node]);
+        c.until("it leads what is its own", |c| c.nodes[node].shard().leads(OWN));
+        for stamp in 0..200 {
+            let slot = c.nodes[node].write(OWN, CHUNK, 0, 1, 100 + stamp).expect("a buffer");
+            assert_eq!(c.answer(node, slot).outcome, Outcome::Success);
+        }
+        c.kill(node);
+        c.start(node);
+        c.until("it serves again", |c| c.nodes[node].shard().serving());
+        assert!(!c.nodes[node].shard().lost.contains(&ID), "seed {seed}: nothing shows the loss any more");
+        assert!(c.nodes[node].shard().groups[&ID].raft.is_suspect(), "seed {seed}");
+        // One of the others is down: the suspect must not be the second vote.
+        let third = (leader + 2) % 3;
+        c.isolate(third);
+        c.cut.retain(|&(from, to)| (from, to) != (node, leader) && (from, to) != (leader, node));
+        let later = c.now.after_ms(5_000);
+        c.until("time passes", |c| c.now >= later);
+        assert!(c.nodes[node].shard().groups[&ID].raft.is_suspect(), "seed {seed}");
+        c.cut.clear();
+        c.until("it has caught up", |c| !c.nodes[node].shard().groups[&ID].raft.is_suspect());
+        written(&mut c);
+        c.kill(node);
+        c.start(node);
+        c.until("it serves again", |c| c.nodes[node].shard().serving());
+        assert!(!c.nodes[node].shard().groups[&ID].raft.is_suspect(), "seed {seed}");
+        written(&mut c);
+        c.compare(ID, CHUNK + 1);
+    }
+}
+
+#[test]
 fn a_log_that_lost_durable_records_catches_up() {
     for (seed, in_front) in (0..8).flat_map(|seed| [(seed, true), (seed, false)]) {
         let (mut c, leader) = three(seed);
@@ -117,8 +169,10 @@ fn a_log_that_lost_durable_records_catches_up() {
         c.kill(node);
         c.nodes[node].rot(12, in_front);
         c.start(node);
+        c.until("it serves again", |c| c.nodes[node].shard().serving());
+        assert!(c.nodes[node].shard().lost.contains(&ID), "seed {seed}");
+        c.until("it has caught up", |c| !c.nodes[node].shard().groups[&ID].raft.is_suspect());
         written(&mut c);
-        assert!(!c.nodes[node].shard().groups[&ID].raft.is_suspect());
         c.compare(ID, CHUNK + 1);
         // It counts again: with it and without another one, writes are answered.
         let third = (leader + 2) % 3;
