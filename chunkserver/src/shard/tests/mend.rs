@@ -3,6 +3,7 @@
 use super::cluster::Cluster;
 use super::model::stamps;
 use super::world::Setup;
+use crate::chunk::ChunkInfo;
 use crate::metrics::Counter;
 use crate::shard::request::{ChunkOp, Outcome, Reply, RequestOp};
 use raftlog::{BLOCK, CopysetId};
@@ -103,6 +104,93 @@ fn doubt_survives_a_power_cut_and_ends_by_itself() {
         c.until("it is mended", |c| c.nodes[node].shard().store.suspect_chunks() == 0);
         written(&mut c);
         c.compare(ID, CHUNK + 1);
+    }
+}
+
+fn delete(c: &mut Cluster, node: usize) {
+    let op = RequestOp::Chunk { chunk: CHUNK, op: ChunkOp::Delete { sn: 1 } };
+    assert_eq!(c.ask(node, ID, op).outcome, Outcome::Success);
+}
+
+fn infos(c: &mut Cluster) -> Vec<Option<ChunkInfo>> {
+    c.nodes.iter_mut().map(|n| n.shard().store.chunk_info(ID, CHUNK)).collect()
+}
+
+#[test]
+fn a_rotten_entry_of_a_chunk_that_was_deleted_since_leaves_no_doubt() {
+    for seed in 0..8 {
+        let (mut c, leader) = three(seed);
+        let node = (leader + 1) % 3;
+        delete(&mut c, leader);
+        written(&mut c);
+        let sealed = c.now.after_ms(3_000);
+        c.until("the logs are sealed", |c| c.now >= sealed);
+        c.kill(node);
+        c.nodes[node].rot(12, false);
+        c.isolate(node);
+        c.start(node);
+        c.until("it serves again", |c| c.nodes[node].shard().serving());
+        let commit = c.nodes[node].shard().groups[&ID].raft.commit_index();
+        c.until("it has replayed", |c| c.nodes[node].shard().groups[&ID].applied == commit);
+        assert_eq!((infos(&mut c)[node], c.nodes[node].shard().store.suspect_chunks()), (None, 0), "seed {seed}");
+        c.cut.clear();
+        written(&mut c);
+        c.compare(ID, CHUNK + 1);
+    }
+}
+
+#[test]
+fn a_chunk_in_doubt_that_no_peer_has_is_gone() {
+    for seed in 0..8 {
+        let (mut c, leader) = three(seed);
+        let node = (leader + 1) % 3;
+        delete(&mut c, leader);
+        written(&mut c);
+        let (now, applied) = (c.nodes[node].now.0, c.nodes[node].shard().groups[&ID].applied);
+        assert!(c.nodes[node].shard().store.doubt(ID, applied, CHUNK, now));
+        c.nodes[node].shard().look_for_doubts();
+        c.until("it is gone", |c| c.nodes[node].shard().store.suspect_chunks() == 0);
+        let slot = c.nodes[leader].write(ID, CHUNK, 1, 1, 22).expect("a buffer");
+        assert_eq!(c.answer(leader, slot).outcome, Outcome::Success);
+        written(&mut c);
+        c.kill(node);
+        c.start(node);
+        written(&mut c);
+        c.compare(ID, CHUNK + 1);
+        assert_eq!(infos(&mut c)[node], infos(&mut c)[leader]);
+    }
+}
+
+#[test]
+fn who_is_in_doubt_hands_out_nothing_but_what_it_has_got_back() {
+    for seed in 0..8 {
+        let (mut c, leader) = three(seed);
+        let (node, third) = ((leader + 1) % 3, (leader + 2) % 3);
+        let whole = infos(&mut c)[third];
+        c.cut.extend([(node, third), (third, node)]); // it can ask only the leader
+        for n in [leader, node] {
+            let now = c.nodes[n].now.0;
+            assert!(c.nodes[n].shard().store.doubt(ID, 0, CHUNK, now));
+            c.nodes[n].shard().look_for_doubts();
+        }
+        c.until("both are mended", |c| c.nodes.iter_mut().all(|n| n.shard().store.suspect_chunks() == 0));
+        assert_eq!(infos(&mut c), [whole; 3], "seed {seed}");
+        c.compare(ID, CHUNK + 1);
+    }
+}
+
+#[test]
+fn a_read_that_meets_another_ones_repair_waits_for_it() {
+    for seed in 0..8 {
+        let (mut c, leader) = three(seed);
+        assert_eq!(c.nodes[leader].rot_slot(12), 1);
+        let op = ChunkOp::Read { offset: 0, len: 3 * BLOCK as u32 };
+        let slot = c.nodes[leader].ask(ID, RequestOp::Chunk { chunk: CHUNK, op });
+        c.until("the device is asked", |c| !c.nodes[leader].shard().reads.is_empty());
+        let now = c.nodes[leader].now.0;
+        assert!(c.nodes[leader].shard().store.doubt(ID, 0, CHUNK, now));
+        let reply = c.answer(leader, slot);
+        assert_eq!((reply.outcome, stamps(&reply.data)), (Outcome::Success, vec![11, 12, 13]), "seed {seed}");
     }
 }
 
