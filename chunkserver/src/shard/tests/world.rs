@@ -98,6 +98,7 @@ pub(super) struct Setup {
     pub(super) work_arena: usize,
     pub(super) dirty_limit: usize,
     pub(super) flush_age_ms: u64,
+    pub(super) trash_s: u64,
     pub(super) peer: u64,
 }
 
@@ -112,6 +113,7 @@ impl Default for Setup {
             work_arena: 2 << 20,
             dirty_limit: 512 << 10,
             flush_age_ms: 50,
+            trash_s: 0,
             peer: PEER,
         }
     }
@@ -191,7 +193,7 @@ impl World {
             dirty_limit: self.setup.dirty_limit,
             flush_age_ns: self.setup.flush_age_ms * 1_000_000,
             election_ms: 1000,
-            trash_s: 0,
+            trash_s: self.setup.trash_s,
             wall_s: 0,
             seed: self.rng.next(),
         };
