@@ -174,6 +174,33 @@ fn replicas_agree_and_keep_what_was_answered() {
 }
 
 #[test]
+fn a_tail_that_waits_for_a_quorum_pins_no_log_after_a_restart() {
+    let (id, own) = (CopysetId::new(1, 1), CopysetId::new(1, 2));
+    let mut c = start(3, &Setup::default(), 5, &[id]);
+    let leader = c.wait_leader(id);
+    let node = (leader + 1) % 3;
+    c.create(own, &[node]);
+    c.isolate((leader + 2) % 3);
+    let last = c.nodes[node].shard().groups[&id].raft.last_index() + 1;
+    c.nodes[leader].write(id, 1, 0, 1, 11).expect("a buffer");
+    let holds = |c: &mut Cluster| c.nodes[node].shard().groups[&id].raft.durable_index() == last;
+    c.until("it holds an entry", holds);
+    c.kill(node);
+    c.isolate(node);
+    c.start(node);
+    c.until("it leads what is its own", |c| c.nodes[node].shard().leads(own));
+    assert!(c.nodes[node].shard().groups[&id].raft.commit_index() < last, "and does not know it to be committed");
+    for stamp in 0..200 {
+        let slot = c.nodes[node].write(own, 1, 0, 1, 100 + stamp).expect("a buffer");
+        assert_eq!(c.answer(node, slot).outcome, Outcome::Success);
+    }
+    assert_eq!(c.nodes[node].shard().groups[&id].raft.last_index(), last);
+    c.cut.clear();
+    c.quiesce(&[id, own]);
+    c.compare(id, 2);
+}
+
+#[test]
 fn a_leader_in_the_trash_holds_no_memory_and_leads_no_more() {
     let (setup, id) = (Setup { trash_s: 1_000_000, ..Setup::default() }, CopysetId::new(1, 1));
     let mut c = start(3, &setup, 3, &[id]);
