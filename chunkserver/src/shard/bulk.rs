@@ -22,7 +22,7 @@ pub(super) const LIST_MAX: usize = 1000;
 /// Bytes of one piece at most.
 const PIECE_BYTES: u32 = 1 << 20;
 /// Pieces of a chunk at least, if it has so many blocks: that it comes in pieces is to be seen with small chunks, too.
-const PIECES_MIN: u32 = 1;
+const PIECES_MIN: u32 = 8;
 
 /// All pieces of a chunk: offset and length.
 pub(super) fn pieces(chunk_size: u32) -> impl Iterator<Item = (u32, u32)> {

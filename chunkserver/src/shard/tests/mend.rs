@@ -180,6 +180,27 @@ fn who_is_in_doubt_hands_out_nothing_but_what_it_has_got_back() {
 }
 
 #[test]
+fn a_gap_does_not_begin_a_repair_anew() {
+    for seed in 0..8 {
+        let (mut c, leader) = three(seed);
+        let node = (leader + 1) % 3;
+        let now = c.nodes[node].now.0;
+        assert!(c.nodes[node].shard().store.doubt(ID, 0, CHUNK, now));
+        c.nodes[node].shard().look_for_doubts();
+        c.until("a piece has come", |c| c.nodes[node].shard().store.pinned_bytes() > 0);
+        c.isolate(node);
+        let later = c.now.after_ms(500);
+        c.until("a while passes", |c| c.now >= later);
+        assert_eq!(c.nodes[node].shard().store.doubts(ID), [CHUNK], "seed {seed}");
+        c.cut.clear();
+        c.until("it is mended", |c| c.nodes[node].shard().store.suspect_chunks() == 0);
+        assert_eq!(c.nodes[node].shard().mends.attempts, 1, "seed {seed}");
+        written(&mut c);
+        c.compare(ID, CHUNK + 1);
+    }
+}
+
+#[test]
 fn a_read_that_meets_another_ones_repair_waits_for_it() {
     for seed in 0..8 {
         let (mut c, leader) = three(seed);
