@@ -126,6 +126,8 @@ pub struct Reactor<I: Io> {
     timers: BinaryHeap<std::cmp::Reverse<(Instant, usize, u32)>>,
     serial: u32,
     next_shard: u16,
+    /// When to look for peers that are not there any more.
+    sweep_at: Instant,
     accept_again: Option<Instant>,
     effects: Effects,
     completions: Vec<Completion>,
@@ -198,6 +200,7 @@ impl<I: Io> Reactor<I> {
             timers: BinaryHeap::new(),
             serial: 0,
             next_shard: 0,
+            sweep_at: Instant::FAR,
             accept_again: Some(Instant(0)),
             effects: Effects::default(),
             completions: Vec::with_capacity(256),
@@ -379,7 +382,7 @@ impl<I: Io> Reactor<I> {
             return self.io.now();
         }
         let mut deadline = self.shard.deadline().min(self.peers.deadline()).min(self.remote.deadline());
-        deadline = deadline.min(self.handover_deadline());
+        deadline = deadline.min(self.handover_deadline()).min(self.sweep_at);
         if let Some(std::cmp::Reverse((at, ..))) = self.timers.peek() {
             deadline = deadline.min(*at);
         }

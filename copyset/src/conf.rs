@@ -2,7 +2,7 @@
 //!
 //! Format owned (little-endian):
 //! ```text
-//! | version u8 = 1 | flags u8 (bit 0: leave the joint stage by itself, bit 1: retired) | 4 x count u16 | epoch u64 | ids u64 ... |
+//! | version u8 = 1 | flags u8 (bit 0: leave the joint stage by itself, 1: retired, 2: suspect) | 4 x count u16 | epoch u64 | ids u64 ... |
 //! | if retired: u64 |
 //! ```
 //! The counts and ids are voters, learners, outgoing voters, next learners. A decoded state is one raft-rs accepts:
@@ -14,6 +14,7 @@ use raft::eraftpb;
 const VERSION: u8 = 1;
 const FLAG_AUTO_LEAVE: u8 = 1;
 const FLAG_RETIRED: u8 = 2;
+const FLAG_SUSPECT: u8 = 4;
 const HEAD: usize = 2 + 4 * 2 + 8;
 /// Most members in one list; a bound for hostile input, far above any real copyset.
 const MEMBERS_MAX: usize = 64;
@@ -36,6 +37,8 @@ pub struct ConfState {
     /// When this replica was taken out of service for good, seconds since 1970; 0: it was not. Only of this replica: it is
     /// never sent.
     pub retired: u64,
+    /// This replica's log lost records, and it has not caught up with what they may have held. Never sent either.
+    pub suspect: bool,
 }
 
 /// Why bytes are no [`ConfState`].
@@ -93,7 +96,8 @@ impl ConfState {
         let mut out = BytesMut::with_capacity(HEAD + 8 + 8 * lists.iter().map(|l| l.len()).sum::<usize>());
         out.put_u8(VERSION);
         let flag = |set, flag| if set { flag } else { 0 };
-        out.put_u8(flag(self.auto_leave, FLAG_AUTO_LEAVE) | flag(self.retired != 0, FLAG_RETIRED));
+        let own = flag(self.retired != 0, FLAG_RETIRED) | flag(self.suspect, FLAG_SUSPECT);
+        out.put_u8(flag(self.auto_leave, FLAG_AUTO_LEAVE) | own);
         for list in lists {
             assert!(list.len() <= MEMBERS_MAX, "configuration with {} members", list.len());
             out.put_u16_le(list.len() as u16);
@@ -114,7 +118,7 @@ impl ConfState {
         if version != VERSION {
             return Err(ConfError::Version(version));
         }
-        if flags & !(FLAG_AUTO_LEAVE | FLAG_RETIRED) != 0 {
+        if flags & !(FLAG_AUTO_LEAVE | FLAG_RETIRED | FLAG_SUSPECT) != 0 {
             return Err(ConfError::Flags(flags));
         }
         let mut take = |count: [u8; 2]| {
@@ -131,6 +135,7 @@ impl ConfState {
             auto_leave: flags & FLAG_AUTO_LEAVE != 0,
             epoch: u64::from_le_bytes(epoch),
             retired: 0,
+            suspect: flags & FLAG_SUSPECT != 0,
         };
         if flags & FLAG_RETIRED != 0 {
             let (at, rest) = ids.split_first_chunk::<8>().ok_or_else(short)?;
@@ -175,6 +180,7 @@ impl ConfState {
             auto_leave: state.get_auto_leave(),
             epoch,
             retired: 0,
+            suspect: false,
         }
     }
 
@@ -213,6 +219,7 @@ mod tests {
             auto_leave: true,
             epoch: 7,
             retired: 0,
+            suspect: false,
         }
     }
 
@@ -240,6 +247,14 @@ mod tests {
         never.truncate(bytes.len() - 8);
         never.extend([0; 8]);
         assert_eq!(ConfState::decode(&never), Err(ConfError::Contradiction("retired at no time")));
+    }
+
+    #[test]
+    fn a_suspect_replica_says_so() {
+        let conf = ConfState { suspect: true, ..ConfState::of(&[1]) };
+        let bytes = conf.encode();
+        assert_eq!((bytes[1], bytes.len()), (4, ConfState::of(&[1]).encode().len()));
+        assert_eq!(ConfState::decode(&bytes), Ok(conf));
     }
 
     #[test]

@@ -32,7 +32,8 @@ pub struct Config {
     pub catch_up_entries: u64,
     /// A membership change is given up when a learner made no progress for so long.
     pub catch_up_idle_ns: u64,
-    /// The log lost records that may have been this copyset's (rule 21): see `Copyset::suspect_until`.
+    /// The log lost records that may have been this copyset's (rule 21): see `Copyset::suspect_until`. Checkpoints say so
+    /// until it has caught up, so that it starts as suspect again when the loss itself cannot be seen any more.
     pub suspect: bool,
     /// For election timeouts; the same seed, the same run.
     pub seed: u64,

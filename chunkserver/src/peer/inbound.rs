@@ -7,6 +7,7 @@
 //!   the frame holds is delivered. Anything else that is wrong ends the connection, before any of the frame is used.
 
 use super::convert::{crcs_match, from_wire};
+use crate::io::Instant;
 use crate::io::buffer::{Arena, PoolBuf};
 use crate::limits::PEER_HEAD_BYTES_MAX;
 use crate::rpc::Attachment;
@@ -21,6 +22,8 @@ use std::sync::Arc;
 
 /// Answers to pings that a peer does not read; above it, it is not read either.
 const ANSWERS_MAX: usize = 4096;
+/// A peer that said nothing for so long is not there any more, milliseconds: it pings far more often.
+const SILENCE_MS: u64 = 10_000;
 
 /// Who we are, for handshakes.
 #[derive(Clone, Copy, Debug)]
@@ -114,6 +117,8 @@ pub struct Inbound {
     receiving: Option<Box<Receiving>>,
     outbox: Outbox,
     refused: bool,
+    /// When something came last; `None`: nobody has looked yet.
+    heard: Option<Instant>,
     bad_crcs: u64,
     bad_mail: u64,
 }
@@ -134,6 +139,7 @@ impl Inbound {
             receiving: None,
             outbox,
             refused: status != Status::Ok,
+            heard: None,
             bad_crcs: 0,
             bad_mail: 0,
         }
@@ -148,6 +154,17 @@ impl Inbound {
     #[must_use]
     pub fn lane(&self) -> Lane {
         self.hello.lane
+    }
+    /// Something arrived.
+    pub fn heard(&mut self, now: Instant) {
+        self.heard = Some(now);
+    }
+    /// Nobody is at the other end any more. To be asked from time to time: while nothing is read, nothing can be heard.
+    pub fn is_silent(&mut self, now: Instant) -> bool {
+        if !self.may_receive() {
+            self.heard = Some(now);
+        }
+        self.heard.get_or_insert(now).after_ms(SILENCE_MS) <= now
     }
     /// Messages dropped since the last call: for a payload with wrong checksums, for a membership change not understood.
     pub fn take_bad(&mut self) -> (u64, u64) {

@@ -344,12 +344,15 @@ impl<I: Io> Reactor<I> {
                 Ok(nbd::Progress::Stalled) => (true, true, None),
                 Err(reason) => (false, false, Some(reason.to_string())),
             },
-            Session::Peer(p) => match p.received(&mut rest, arena, &mut self.peer_mail) {
-                Ok(peer::Progress::Consumed) => (false, false, None),
-                Ok(peer::Progress::NoBuffer) => (true, true, None),
-                Ok(peer::Progress::Later) => (true, false, None),
-                Err(reason) => (false, false, Some(reason.to_string())),
-            },
+            Session::Peer(p) => {
+                p.heard(now);
+                match p.received(&mut rest, arena, &mut self.peer_mail) {
+                    Ok(peer::Progress::Consumed) => (false, false, None),
+                    Ok(peer::Progress::NoBuffer) => (true, true, None),
+                    Ok(peer::Progress::Later) => (true, false, None),
+                    Err(reason) => (false, false, Some(reason.to_string())),
+                }
+            }
             Session::Link(link) => {
                 self.peers.received(now, *link, rest, &mut self.peer_events);
                 (false, false, None)

@@ -151,7 +151,7 @@ impl Shard {
 
     /// Copysets that this replica leads, each with its term, and its ConfEpoch once the leader is ready.
     pub fn led(&self) -> impl Iterator<Item = (CopysetId, u64, Option<u64>)> + '_ {
-        let leads = self.groups.iter().filter(|(_, g)| g.raft.role() == Role::Leader);
+        let leads = self.groups.iter().filter(|(_, g)| g.raft.role() == Role::Leader && g.raft.retired() == 0);
         leads.map(|(&id, g)| (id, g.raft.term(), g.raft.may_read_index().then(|| g.raft.conf().epoch)))
     }
 

@@ -28,6 +28,8 @@ struct Piece {
     /// than they say, never older.
     at: u64,
     info: Option<ChunkInfo>,
+    /// What it was is nothing to go by.
+    doubtful: bool,
 }
 
 /// What is being read for peers.
@@ -66,7 +68,8 @@ impl Shard {
         }
         self.progressed(id, to);
         let (at, info) = (self.groups.get(&id).map_or(0, |group| group.applied), self.store.chunk_info(id, chunk));
-        let slot = self.supply.0.insert(Piece { copyset: id, to, chunk, offset, len, at, info }) as u32;
+        let doubtful = self.store.is_doubtful(id, chunk);
+        let slot = self.supply.0.insert(Piece { copyset: id, to, chunk, offset, len, at, info, doubtful }) as u32;
         self.read(Origin { shard: PEERS, slot, serial: 0 }, id, chunk, offset, len, out);
         self.supply_step(out);
     }
@@ -89,14 +92,17 @@ impl Shard {
 
     fn piece_read(&mut self, reply: Reply, out: &mut Effects) {
         let Some(piece) = self.supply.0.try_remove(reply.origin.slot as usize) else { return };
-        let Piece { copyset: id, to, chunk, offset, len, at: index, info } = piece;
+        let Piece { copyset: id, to, chunk, offset, len, at: index, info, doubtful } = piece;
+        if doubtful {
+            return; // it is mended by now, or never will be: the peer asks again
+        }
         let parts = match (reply.outcome, reply.data) {
             (Outcome::Success, ReplyData::Data(parts)) if info.is_some() => parts,
-            (Outcome::Success | Outcome::NoChunk, _) => {
+            (Outcome::Success | Outcome::NoChunk, _) if info.is_none() => {
                 let gone = Bulk::Piece { index, chunk, offset, len, info: None, crcs: Vec::new() };
                 return self.send_bulk(id, to, &gone, Bytes::new(), out);
             }
-            _ => return, // rot, a device error: the peer asks again, here or elsewhere
+            _ => return, // rot, a device error, deleted meanwhile: the peer asks again, here or elsewhere
         };
         let Some(mut buf) = self.arenas.payload.alloc(len as usize) else { return self.want_memory() };
         buf.truncate(len as usize);

@@ -181,6 +181,7 @@ impl Codecs {
             auto_leave: true,
             epoch: 7,
             retired: 0,
+            suspect: false,
         };
         let retired = ConfState { retired: 1_700_000_000, ..joint.clone() };
         let confs = vec![joint.encode().to_vec(), retired.encode().to_vec(), ConfState::of(&[1, 2]).encode().to_vec()];
@@ -206,7 +207,11 @@ impl Target for Codecs {
             0 => ConfState::decode(&bytes).is_ok_and(|conf| {
                 assert_eq!(conf.encode(), bytes, "one form only");
                 let raft = ConfState::from_raft(&conf.to_raft(), conf.epoch);
-                assert_eq!(ConfState { retired: conf.retired, ..raft }, conf, "raft does not know the trash");
+                assert_eq!(
+                    ConfState { retired: conf.retired, suspect: conf.suspect, ..raft },
+                    conf,
+                    "raft does not know the trash"
+                );
                 true
             }),
             1 => decode_change(&bytes).is_ok_and(|change| {

@@ -8,6 +8,8 @@
 
 use super::ready::send;
 use super::{Copyset, Role};
+use crate::conf::ConfState;
+use crate::config::Config;
 use crate::effect::Effect;
 use crate::screen::StepError;
 use bytes::Bytes;
@@ -116,12 +118,14 @@ impl Copyset {
             self.offer = Some(offer);
             return Err(InstallError::Busy);
         }
+        let conf = ConfState::decode(&offer.conf);
+        let conf = conf.unwrap_or_else(|e| panic!("{:?}: an offer that was checked: {e}", self.config.id));
         let state = self.raw.raft.hard_state();
         let checkpoint = Checkpoint {
             applied_index: index,
             applied_term: offer.term,
             hard_state: HardState { term: state.term, vote: state.vote, commit: index },
-            conf: offer.conf.clone(),
+            conf: self.own(conf).encode(),
             incarnation: self.raw.store().incarnation(),
         };
         let seq = self.log.borrow_mut().checkpoint(self.config.id, checkpoint);
@@ -133,7 +137,8 @@ impl Copyset {
     /// The checkpoint is durable.
     pub(super) fn installed(&mut self, offer: &Offer) {
         let (index, term) = (offer.index, offer.term);
-        let life = Self::new(self.config.clone(), self.log.clone(), self.time.now());
+        let config = Config { suspect: self.suspicion.holds(), ..self.config.clone() };
+        let life = Self::new(config, self.log.clone(), self.time.now());
         let life = life.unwrap_or_else(|e| panic!("{:?}: a checkpoint that was checked: {e}", self.config.id));
         let before = std::mem::replace(self, life);
         let own = std::mem::replace(&mut self.outbox, before.outbox);

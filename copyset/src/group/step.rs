@@ -141,7 +141,7 @@ impl Copyset {
 
     /// Every other voter has said that its term and its last index are at most these: what this replica lost is not
     /// above them. From now on it follows leaders of at least that term; it votes and campaigns when it has caught up.
-    /// No effect unless it started as [`crate::Config::suspect`].
+    /// No effect unless it started as suspect ([`crate::Config::suspect`], or its checkpoint says so).
     pub fn suspect_until(&mut self, term: u64, index: u64) {
         if self.suspicion.holds() {
             self.suspicion = Suspicion::Until { term, index };
@@ -168,15 +168,37 @@ impl Copyset {
     }
 
     pub(super) fn weigh_suspicion(&mut self) {
-        let held = self.commit_index().min(self.durable_index());
+        if self.installing.is_some() {
+            return; // weighed when that is durable
+        }
+        let (before, held) = (self.suspicion.holds(), self.commit_index().min(self.durable_index()));
         self.suspicion.reached(self.raw.raft.term, held);
+        if self.suspicion.holds() != before {
+            self.log_suspicion();
+        }
         self.campaign_alone();
+    }
+
+    /// Has the log say whether this replica is suspect. What shows that records are lost goes with the segments they were
+    /// in; and replicas that restart together must not all be suspect because each of them once was.
+    pub(super) fn log_suspicion(&mut self) {
+        let checkpoint = self.checkpoint_at(self.raw.store().checkpoint_index());
+        self.log.borrow_mut().checkpoint(self.config.id, checkpoint);
     }
 
     /// True while this replica neither votes nor campaigns because its log lost records (rule 21).
     #[must_use]
     pub fn is_suspect(&self) -> bool {
         self.suspicion.holds()
+    }
+
+    /// Leads no longer; what was proposed is dropped. No effect on a sole voter, which would lead again at once.
+    pub fn step_down(&mut self) {
+        if self.role() == Role::Leader && !self.conf().sole_voter(self.config.peer) {
+            let term = self.raw.raft.term;
+            self.raw.raft.become_follower(term, 0);
+            self.look();
+        }
     }
 
     /// While `true`, this replica does not campaign: its chunks are not what its log says, as during the installation

@@ -98,6 +98,7 @@ pub(super) struct Setup {
     pub(super) work_arena: usize,
     pub(super) dirty_limit: usize,
     pub(super) flush_age_ms: u64,
+    pub(super) trash_s: u64,
     pub(super) peer: u64,
 }
 
@@ -112,6 +113,7 @@ impl Default for Setup {
             work_arena: 2 << 20,
             dirty_limit: 512 << 10,
             flush_age_ms: 50,
+            trash_s: 0,
             peer: PEER,
         }
     }
@@ -191,7 +193,7 @@ impl World {
             dirty_limit: self.setup.dirty_limit,
             flush_age_ns: self.setup.flush_age_ms * 1_000_000,
             election_ms: 1000,
-            trash_s: 0,
+            trash_s: self.setup.trash_s,
             wall_s: 0,
             seed: self.rng.next(),
         };
@@ -489,13 +491,14 @@ impl World {
         self.disk.current.clone_from(&self.disk.durable);
     }
 
-    /// Spoil the newest block of the log that holds `stamp`, or the block in front of it.
+    /// Spoil the first block of the log that holds `stamp`, or the block in front of it.
     pub(super) fn rot(&mut self, stamp: u64, in_front: bool) {
         let zone = self.layout.log_offset as usize..self.layout.meta_offset as usize;
         let found =
             self.disk.durable[zone.clone()].chunks(BLOCK).position(|b| b.chunks(8).all(|w| w == stamp.to_le_bytes()));
         let at = zone.start + (found.expect("the stamp is in the log") - usize::from(in_front)) * BLOCK;
         self.disk.durable[at + 9] ^= 0x40;
+        self.disk.current[at + 9] ^= 0x40;
     }
 
     /// Spoil every block outside the log that holds `stamp`; how many there are.
