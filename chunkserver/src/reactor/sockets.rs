@@ -46,7 +46,7 @@ pub(super) struct Conn {
     /// Received and not yet used.
     input: Option<(RecvBuf, usize)>,
     receiving: bool,
-    /// When bytes last arrived.
+    /// See [`Conn::moved`].
     moved: Instant,
     sending: bool,
     /// What a send that was cut off did not send.
@@ -65,6 +65,10 @@ impl Conn {
     }
     pub(super) fn is_doomed(&self) -> bool {
         self.doomed
+    }
+    /// When bytes last arrived.
+    pub(super) fn moved(&self) -> Instant {
+        self.moved
     }
     fn gone(&self) -> bool {
         self.close_done && !self.receiving && !self.sending
