@@ -54,6 +54,8 @@ struct Call {
     retried: bool,
     /// Of its data, counted in [`Nebd::kept_bytes`].
     kept: usize,
+    /// Number of its job, and how many attempts were lost: what repeats it is the same to other servers.
+    job: (u64, u32),
     /// Its connection broke while it ran.
     orphan: bool,
 }
@@ -133,6 +135,7 @@ impl<I: Io> Reactor<I> {
             state: State::Asked,
             retried: false,
             kept: 0,
+            job: (0, 0),
             orphan: false,
         };
         let slot = nebd.calls.insert(call);
@@ -242,11 +245,14 @@ impl<I: Io> Reactor<I> {
         let serial = self.next_serial();
         let Some(nebd) = &mut self.nebd else { return };
         let Some(call) = nebd.calls.get_mut(slot) else { return };
-        self.next_job += 1;
         match service::run(&call.op, handle) {
             Run::Io(io) => {
-                let (client, whose) = (call.client, Whose::Nebd(slot));
-                let job = self.jobs.insert(Job { client, whose, io, serial, number: self.next_job });
+                if call.job.0 == 0 {
+                    self.next_job += 1;
+                    call.job.0 = self.next_job;
+                }
+                let (client, whose, (number, lost)) = (call.client, Whose::Nebd(slot), call.job);
+                let job = self.jobs.insert(Job { client, whose, io: io.after(lost), serial, number });
                 call.state = State::Running(job);
                 self.drive(job);
             }
@@ -265,9 +271,10 @@ impl<I: Io> Reactor<I> {
         }
     }
 
-    /// The I/O of a call ended.
-    pub(super) fn nebd_done(&mut self, slot: usize, result: Result<Pieces, VolumeError>) {
-        let Some(call) = self.nebd.as_ref().and_then(|nebd| nebd.calls.get(slot)) else { return };
+    /// The I/O of a call ended; `lost`: [`VolumeIo::lost_max`](crate::volume::io::VolumeIo::lost_max).
+    pub(super) fn nebd_done(&mut self, slot: usize, result: Result<Pieces, VolumeError>, lost: u32) {
+        let Some(call) = self.nebd.as_mut().and_then(|nebd| nebd.calls.get_mut(slot)) else { return };
+        call.job.1 = lost;
         let (client, is_read) = (call.client, matches!(call.op, Op::Read { .. }));
         let alive = self.is_connected(client) && self.draining.is_none();
         self.nebd_end(slot, Some(result.is_ok()));
@@ -369,7 +376,7 @@ impl<I: Io> Reactor<I> {
                     }
                     if self.jobs.get_mut(job).is_some_and(|job| job.io.cancel(VolumeError::Stopping)) {
                         self.jobs.remove(job);
-                        self.nebd_done(slot, Err(VolumeError::Stopping));
+                        self.nebd_done(slot, Err(VolumeError::Stopping), 0);
                     }
                 }
             }
