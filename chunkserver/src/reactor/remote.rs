@@ -27,11 +27,12 @@ impl<I: Io> Reactor<I> {
         asker: Asker,
         copyset: CopysetId,
         homes: &[u64],
+        sn: u64,
         op: RequestOp,
         id: (u64, u32),
     ) -> bool {
         let RequestOp::Chunk { chunk, op } = op else { return false };
-        let errand = Errand { copyset, homes, chunk, op: &op, id: id.0, attempt: id.1 };
+        let errand = Errand { copyset, homes, chunk, sn, op: &op, id: id.0, attempt: id.1 };
         match self.remote.ask(self.io.now(), errand, asker) {
             Went::Nowhere => return false,
             Went::Away => {}
@@ -66,7 +67,7 @@ impl<I: Io> Reactor<I> {
         self.next_job += 1;
         let id = (self.next_job << 24, 0);
         let asker = Asker::Order(origin);
-        if !self.dispatch(asker, copyset, homes, RequestOp::Chunk { chunk, op }, id) {
+        if !self.dispatch(asker, copyset, homes, 0, RequestOp::Chunk { chunk, op }, id) {
             self.done(asker, ended(Outcome::NotLeader, ReplyData::None));
         }
     }
@@ -103,7 +104,14 @@ impl<I: Io> Reactor<I> {
                         self.doom(index);
                     }
                 }
-                RemoteEvent::Done { asker, outcome, data } => self.done(asker, ended(outcome, data)),
+                RemoteEvent::Done { asker, lost, outcome, data } => {
+                    if let (true, Asker::Part { job, part }) = (lost, asker)
+                        && let Some(job) = self.jobs.get_mut(job)
+                    {
+                        job.io.lost(part);
+                    }
+                    self.done(asker, ended(outcome, data));
+                }
                 RemoteEvent::AskHere(copyset) => {
                     let shard = ShardId(shard_of(copyset, self.shards));
                     let op = RequestOp::Admin(AdminOp::CopysetStatus);

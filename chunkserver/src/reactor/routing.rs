@@ -74,7 +74,7 @@ pub(super) struct Job {
     pub(super) whose: Whose,
     pub(super) io: VolumeIo,
     pub(super) serial: u32,
-    /// Never used again, unlike its slot.
+    /// Never used again, unlike its slot; but by what repeats the same I/O.
     pub(super) number: u64,
 }
 
@@ -227,10 +227,10 @@ impl<I: Io> Reactor<I> {
     }
 
     fn job_done(&mut self, key: usize, result: Result<Pieces, VolumeError>) {
-        let Job { client, whose, .. } = self.jobs.remove(key);
+        let Job { client, whose, io, .. } = self.jobs.remove(key);
         let id = match whose {
             Whose::Nbd(id) => id,
-            Whose::Nebd(slot) => return self.nebd_done(slot, result),
+            Whose::Nebd(slot) => return self.nebd_done(slot, result, io.lost_max()),
         };
         if let Some(conn) = self.conns.get_mut(client.index).filter(|c| c.serial == client.serial)
             && let Session::Nbd(session) = &mut conn.session
@@ -247,7 +247,8 @@ impl<I: Io> Reactor<I> {
             let Some(part) = job.io.next_part(now) else { break };
             let (volume, id) = (Arc::clone(job.io.volume()), job.number << 24 | u64::from(part.instance & 0xff_ffff));
             let asker = Asker::Part { job: key, part: part.part };
-            if self.dispatch(asker, part.copyset, volume.homes(part.copyset), part.op, (id, part.attempt)) {
+            let (homes, id) = (volume.homes(part.copyset), (id, part.attempt));
+            if self.dispatch(asker, part.copyset, homes, volume.sn(), part.op, id) {
                 continue;
             }
             let Some(job) = self.jobs.get_mut(key) else { break };

@@ -46,7 +46,7 @@ pub(super) struct Conn {
     /// Received and not yet used.
     input: Option<(RecvBuf, usize)>,
     receiving: bool,
-    /// When bytes last arrived.
+    /// See [`Conn::moved`].
     moved: Instant,
     sending: bool,
     /// What a send that was cut off did not send.
@@ -65,6 +65,10 @@ impl Conn {
     }
     pub(super) fn is_doomed(&self) -> bool {
         self.doomed
+    }
+    /// When bytes last arrived.
+    pub(super) fn moved(&self) -> Instant {
+        self.moved
     }
     fn gone(&self) -> bool {
         self.close_done && !self.receiving && !self.sending
@@ -114,7 +118,7 @@ impl Conn {
             Session::Rpc(c) | Session::Nebd(c) => c.holds_payload(),
             Session::Nbd(s) => s.holds_payload(),
             Session::Peer(p) => p.holds_payload(),
-            Session::Link(_) | Session::Server(_) => false,
+            Session::Link(_) | Session::Server(_) => false, // of servers `remote` knows
         }
     }
     /// Owes no answer and has none queued.
@@ -284,7 +288,8 @@ impl<I: Io> Reactor<I> {
 
     fn input_direct(&mut self, index: usize, buf: PoolBuf, result: Result<usize, Errno>) {
         let now = self.io.now();
-        let Some(conn) = self.conns.get_mut(index) else { return };
+        // Of a server that was given up, `remote` has forgotten the buffer.
+        let Some(conn) = self.conns.get_mut(index).filter(|conn| !conn.doomed) else { return };
         let added = match result {
             Ok(added) => added,
             Err(Errno(libc::EINTR | libc::EAGAIN | libc::ECANCELED)) => 0,
@@ -400,7 +405,9 @@ impl<I: Io> Reactor<I> {
             return;
         }
         self.look_for_stalled = now.after_ms(STALL_MS / 10);
-        let stalled = |conn: &Conn| conn.holds_payload() && !conn.doomed && conn.moved.after_ms(STALL_MS) <= now;
+        let answer = |conn: &Conn| matches!(conn.session, Session::Server(from) if self.remote.holds_payload(from));
+        let holds = |conn: &Conn| conn.holds_payload() || answer(conn);
+        let stalled = |conn: &Conn| !conn.doomed && conn.moved.after_ms(STALL_MS) <= now && holds(conn);
         let all: Vec<usize> = self.conns.iter().filter(|(_, c)| stalled(c)).map(|(index, _)| index).collect();
         for index in all {
             tracing::debug!("closing a connection that stopped in the middle of a payload");

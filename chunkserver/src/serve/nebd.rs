@@ -8,12 +8,13 @@ use crate::nebd::executor::flags_of;
 use crate::nebd::files::Known;
 use crate::nebd::metafile::Metafile;
 use crate::nebd::server::{Options, Server};
+use crate::replace::beside;
 use anyhow::{Context, bail};
 use rustix::fs::{FlockOperation, flock};
 use socket2::Socket;
 use std::fs::{File, OpenOptions, Permissions};
 use std::os::unix::fs::PermissionsExt;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -139,10 +140,4 @@ fn lock(path: &Path, how: FlockOperation, wait: Duration) -> anyhow::Result<File
             Err(error) => bail!("NEBD: cannot lock {shown}: {error}"),
         }
     }
-}
-
-fn beside(path: &Path, suffix: &str) -> PathBuf {
-    let mut name = path.as_os_str().to_owned();
-    name.push(suffix);
-    PathBuf::from(name)
 }

@@ -12,6 +12,7 @@ mod config;
 mod crash;
 mod crowds;
 mod disks;
+mod foreign;
 mod frames;
 mod harness;
 mod nbd;

@@ -1,12 +1,12 @@
 //! The one writer of the catalog: lock, check, write a new file, make it durable, then show it.
 
 use super::{Catalog, NAME_BYTES_MAX, OpenError, PEERS_MAX, SHARED_IDS, SharedCatalog, VOLUMES_MAX, is_name};
+use crate::replace::{ReplaceError, beside, replace};
 use crate::volume::map::{Geometry, GeometryError, Shape};
 use crate::volume::{Homes, Volume};
 use raftlog::CopysetId;
 use rustix::fs::{FlockOperation, flock};
 use std::fs::{File, OpenOptions};
-use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -259,34 +259,15 @@ impl CatalogStore {
             return Err(ChangeError::HandedOver);
         }
         next.generation += 1;
-        let temp = beside(&self.path, ".tmp");
-        let failed = |what, path: &Path| {
-            let path = path.to_owned();
-            move |source| ChangeError::Io { what, path, source }
-        };
-        let bytes = next.encode().map_err(|e| failed("encode it", &self.path)(e.into()))?;
-        let mut file = File::create(&temp).map_err(failed("create the new file", &temp))?;
-        file.write_all(&bytes).map_err(failed("write the new file", &temp))?;
-        file.sync_all().map_err(failed("sync the new file", &temp))?;
-        std::fs::rename(&temp, &self.path).map_err(failed("replace it", &self.path))?;
-        // From here on a reader may see the new file, a crash may bring back the old one.
-        self.unsure = true;
-        sync_folder(&self.path).map_err(failed("sync its folder", &self.path))?;
-        self.unsure = false;
+        let failed = |what, path, source| ChangeError::Io { what, path, source };
+        let bytes = next.encode().map_err(|e| failed("encode it", self.path.clone(), e.into()))?;
+        replace(&self.path, &bytes).map_err(|ReplaceError { what, path, source, unsure }| {
+            self.unsure = unsure;
+            failed(what, path, source)
+        })?;
         self.shared.publish(next);
         Ok(())
     }
-}
-
-fn beside(path: &Path, suffix: &str) -> PathBuf {
-    let mut name = path.as_os_str().to_owned();
-    name.push(suffix);
-    PathBuf::from(name)
-}
-
-fn sync_folder(path: &Path) -> std::io::Result<()> {
-    let folder = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
-    File::open(folder)?.sync_all()
 }
 
 #[cfg(test)]
