@@ -363,7 +363,11 @@ impl<I: Io> Reactor<I> {
         self.mail = mail;
     }
 
+    /// Orders that come while clients are held stay where they are: whoever goes on does them.
     fn receive_control(&mut self) {
+        if self.is_holding() {
+            return;
+        }
         while let Some(order) = self.setup.control.as_ref().and_then(Port::poll) {
             match order {
                 Order::Ask(request) => self.shard.request(request, &mut self.effects),
@@ -378,8 +382,10 @@ impl<I: Io> Reactor<I> {
         if self.again {
             return self.io.now();
         }
-        let mut deadline = self.shard.deadline().min(self.peers.deadline()).min(self.remote.deadline());
-        deadline = deadline.min(self.handover_deadline());
+        let mut deadline = self.shard.deadline().min(self.handover_deadline());
+        if !self.is_alone() {
+            deadline = deadline.min(self.peers.deadline()).min(self.remote.deadline());
+        }
         if let Some(std::cmp::Reverse((at, ..))) = self.timers.peek() {
             deadline = deadline.min(*at);
         }

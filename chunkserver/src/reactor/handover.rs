@@ -287,6 +287,7 @@ impl<I: Io> Reactor<I> {
             self.io.cancel(Cancel::Receives); // connections that are being made, too
             let peers: Vec<usize> = self.conns.iter().filter(|(_, c)| !c.is_client()).map(|(index, _)| index).collect();
             peers.into_iter().for_each(|index| self.doom(index));
+            self.remote.give_up();
         }
         let clients = self.conns.iter().all(|(_, conn)| conn.is_client() && !conn.is_doomed());
         let through = clients && self.dialing == 0;

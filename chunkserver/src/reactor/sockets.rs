@@ -284,7 +284,8 @@ impl<I: Io> Reactor<I> {
 
     fn input_direct(&mut self, index: usize, buf: PoolBuf, result: Result<usize, Errno>) {
         let now = self.io.now();
-        let Some(conn) = self.conns.get_mut(index) else { return };
+        // Given up meanwhile, it has forgotten that it lent this buffer.
+        let Some(conn) = self.conns.get_mut(index).filter(|conn| !conn.doomed) else { return };
         let added = match result {
             Ok(added) => added,
             Err(Errno(libc::EINTR | libc::EAGAIN | libc::ECANCELED)) => 0,

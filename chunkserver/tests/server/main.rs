@@ -14,6 +14,7 @@ mod crowds;
 mod disks;
 mod frames;
 mod harness;
+mod leaders;
 mod nbd;
 mod nebd;
 mod pages;

@@ -59,7 +59,7 @@ if mode == 'dies-committed': sys.exit(1)
 time.sleep(60)
 "#;
 
-fn fake(lab: &Lab, mode: &str) -> PathBuf {
+pub(super) fn fake(lab: &Lab, mode: &str) -> PathBuf {
     let path = lab.path(&format!("{mode}.py"));
     std::fs::write(&path, FAKE).unwrap();
     std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o755)).unwrap();
@@ -67,7 +67,7 @@ fn fake(lab: &Lab, mode: &str) -> PathBuf {
 }
 
 /// An upgrade that must fail; what it says.
-fn fails(lab: &Lab, binary: &str) -> String {
+pub(super) fn fails(lab: &Lab, binary: &str) -> String {
     let out = lab.cli(&["upgrade", "--binary", binary, "--timeout-ms", "1500"]);
     assert_eq!(out.status.code(), Some(1), "{binary}: {}{}", text(&out.stdout), text(&out.stderr));
     text(&out.stderr)
