@@ -389,7 +389,8 @@ impl<I: Io> Reactor<I> {
         if let Some(std::cmp::Reverse((at, ..))) = self.timers.peek() {
             deadline = deadline.min(*at);
         }
-        for at in [self.accept_again, self.nebd.as_ref().and_then(nebd::Nebd::deadline)].into_iter().flatten() {
+        let parked = self.nebd.as_ref().and_then(nebd::Nebd::deadline).filter(|_| !self.is_holding());
+        for at in [self.accept_again, parked].into_iter().flatten() {
             deadline = deadline.min(at);
         }
         if !self.unread.is_empty() {

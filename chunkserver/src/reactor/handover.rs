@@ -53,6 +53,13 @@ pub enum Stage {
     Wait = 4,
 }
 
+impl Stage {
+    /// No client's bytes are received.
+    pub(super) fn is_holding(self) -> bool {
+        matches!(self, Self::Hold | Self::Leave)
+    }
+}
+
 /// What the conductor and the reactors of a process tell each other.
 #[derive(Debug)]
 pub struct Pause {
@@ -185,7 +192,7 @@ impl<I: Io> Reactor<I> {
 
     /// No client's bytes are received.
     pub(super) fn is_holding(&self) -> bool {
-        matches!(self.stage, Stage::Hold | Stage::Leave)
+        self.stage.is_holding()
     }
     /// Answers stay here.
     pub(super) fn is_cut(&self) -> bool {
@@ -259,7 +266,8 @@ impl<I: Io> Reactor<I> {
 
     /// Nothing is owed to a client but bytes, and nothing more of them can arrive.
     fn is_held(&self) -> bool {
-        self.accepting == 0 && self.is_quiet() && self.nebd_is_held() && self.conns.iter().all(|(_, c)| c.is_held())
+        let asked = !self.waiting.is_empty() || self.jobs.iter().any(|(_, job)| !job.rests());
+        self.accepting == 0 && !asked && self.nebd_is_held() && self.conns.iter().all(|(_, c)| c.is_held())
     }
 
     /// The stages of an end; true when it is over.
@@ -304,6 +312,8 @@ impl<I: Io> Reactor<I> {
         for index in all {
             self.wait_for_input(index);
         }
+        let resting: Vec<usize> = self.jobs.iter().filter(|(_, job)| job.rests()).map(|(key, _)| key).collect();
+        resting.into_iter().for_each(|key| self.drive(key));
         self.again = true;
     }
 
