@@ -25,7 +25,7 @@ use crate::{nbd, rpc, service};
 use bytes::Bytes;
 use serde::{Deserialize, Serialize};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU8, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering};
 
 /// Answers that were given get this long to leave before they are cut off, milliseconds.
 const SEND_GRACE_MS: u64 = 20;
@@ -63,26 +63,28 @@ impl Stage {
 /// What the conductor and the reactors of a process tell each other.
 #[derive(Debug)]
 pub struct Pause {
-    stage: AtomicU8,
-    reports: AtomicUsize,
-    shards: usize,
+    /// The stage, and below it how many have reported it done: in one word, for a report must count for no other stage.
+    state: AtomicU64,
+    shards: u16,
 }
+
+/// Bits of the count.
+const REPORTS: u32 = 32;
 
 impl Pause {
     /// For so many shards.
     #[must_use]
     pub fn new(stage: Stage, shards: u16) -> Arc<Self> {
-        Arc::new(Self { stage: AtomicU8::new(stage as u8), reports: AtomicUsize::new(0), shards: usize::from(shards) })
+        Arc::new(Self { state: AtomicU64::new((stage as u64) << REPORTS), shards })
     }
     /// Go to a stage; nobody has reported it done. Ring the shards' bells afterwards. The conductor's alone.
     pub fn set(&self, stage: Stage) {
-        self.reports.store(0, Ordering::Release);
-        self.stage.store(stage as u8, Ordering::Release);
+        self.state.store((stage as u64) << REPORTS, Ordering::Release);
     }
     /// Where it is.
     #[must_use]
     pub fn stage(&self) -> Stage {
-        match self.stage.load(Ordering::Acquire) {
+        match self.state.load(Ordering::Acquire) >> REPORTS {
             1 => Stage::WriteBack,
             2 => Stage::Hold,
             3 => Stage::Leave,
@@ -93,10 +95,12 @@ impl Pause {
     /// All shards are through with the stage.
     #[must_use]
     pub fn is_reported(&self) -> bool {
-        self.reports.load(Ordering::Acquire) >= self.shards
+        self.state.load(Ordering::Acquire) as u32 >= u32::from(self.shards)
     }
-    fn report(&self) {
-        self.reports.fetch_add(1, Ordering::AcqRel);
+    /// One more is through with this stage. Too late if another one has been set: then it counts for nothing.
+    fn report(&self, stage: Stage) {
+        let counted = |state: u64| (state >> REPORTS == stage as u64).then_some(state + 1);
+        let _ = self.state.fetch_update(Ordering::AcqRel, Ordering::Acquire, counted);
     }
 }
 
@@ -251,7 +255,7 @@ impl<I: Io> Reactor<I> {
             && through
             && !std::mem::replace(&mut part.reported, true)
         {
-            pause.report();
+            pause.report(stage);
         }
     }
 
@@ -387,5 +391,25 @@ impl Conn {
         };
         input.extend_from_slice(&rest);
         Some(Handed { conn, session, input, unsent: unsent.concat() })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_report_counts_for_its_own_stage_alone() {
+        let pause = Pause::new(Stage::Serve, 2);
+        pause.set(Stage::WriteBack);
+        pause.report(Stage::WriteBack);
+        assert!(!pause.is_reported());
+        pause.set(Stage::Hold); // the other one took too long
+        pause.report(Stage::WriteBack);
+        pause.report(Stage::WriteBack);
+        assert_eq!((pause.stage(), pause.is_reported()), (Stage::Hold, false));
+        pause.report(Stage::Hold);
+        pause.report(Stage::Hold);
+        assert_eq!((pause.stage(), pause.is_reported()), (Stage::Hold, true));
     }
 }
