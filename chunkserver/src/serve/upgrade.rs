@@ -33,6 +33,8 @@ const WRITE_BACK_WAIT: Duration = Duration::from_secs(3);
 const HOLD_WAIT: Duration = Duration::from_millis(1500);
 /// For the log's last write and everything else the disk is doing. A disk that takes longer is out of service.
 const LEAVE_WAIT: Duration = Duration::from_secs(30);
+/// For a process that is told something to take it.
+const SEND_WAIT: Duration = Duration::from_secs(10);
 /// For a process that has been told to serve to say that it does.
 const SERVING_WAIT: Duration = Duration::from_secs(10);
 /// For the I/O of a killed process to end.
@@ -202,6 +204,7 @@ impl Server<'_> {
     fn start(&self, binary: &OsString) -> Result<Successor, Failed> {
         let given_up = |what: &str, error: std::io::Error| Failed::GivenUp(format!("{what}: {error}"));
         let (ours, theirs) = UnixStream::pair().map_err(|e| given_up("a socket pair", e))?;
+        let ours = Channel::with_send_wait(ours, SEND_WAIT).map_err(|e| given_up("a socket pair", e))?;
         let own = std::env::args_os().skip(1).filter(|argument| argument != "--take-over");
         let child = Command::new(binary)
             .args(own)
@@ -209,7 +212,7 @@ impl Server<'_> {
             .stdin(Stdio::from(OwnedFd::from(theirs)))
             .spawn()
             .map_err(|e| given_up(&binary.display().to_string(), e))?;
-        let mut successor = Successor { child, channel: Channel::new(ours), took_over: false };
+        let mut successor = Successor { child, channel: ours, took_over: false };
         let offer = Offer {
             protocol: PROTOCOL,
             version: env!("CARGO_PKG_VERSION").into(),
