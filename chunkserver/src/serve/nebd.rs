@@ -1,6 +1,7 @@
 //! Part2 at start: its lock, its socket, what it has on record.
 
 use crate::config::{Config, NebdConfig};
+use crate::control::disk;
 use crate::control::nebd::Setup;
 use crate::io::uring::{Doorbells, clock};
 use crate::nebd::conf;
@@ -106,16 +107,7 @@ impl Lock {
 
     /// Have it alone again, waiting at most `wait` for the other process to be gone.
     pub(super) fn claim(&self, wait: Duration) -> std::io::Result<()> {
-        let until = Instant::now() + wait;
-        loop {
-            match flock(&self.0, FlockOperation::NonBlockingLockExclusive) {
-                Err(rustix::io::Errno::WOULDBLOCK) if Instant::now() < until => {
-                    self.share()?; // the kernel gives it up when it cannot make it exclusive
-                    std::thread::sleep(Duration::from_millis(2));
-                }
-                other => return Ok(other?),
-            }
-        }
+        disk::claim(&self.0, wait)
     }
 
     /// Another descriptor of it.

@@ -188,7 +188,8 @@ impl Predecessor {
             if let Some(lock) = nebd
                 && let Err(error) = lock.claim(CLAIM_WAIT)
             {
-                tracing::error!(%error, "the lock of NEBD's socket is shared with somebody");
+                tracing::error!(%error, "the lock of NEBD's socket is shared with somebody; leaving");
+                std::process::exit(i32::from(super::EXIT_DISK_FAILED));
             }
         })?;
         Ok(())
