@@ -90,7 +90,7 @@ fn serve(
         None => nebd::Prepared::new(config, wait)?,
         Some(_) => None,
     };
-    let inherited = predecessor.as_mut().map(Predecessor::take_sockets).unwrap_or_default();
+    let inherited = predecessor.as_mut().map(|from| from.take_sockets(config)).transpose()?.unwrap_or_default();
     let sockets = Sockets::bind(config, wait, inherited)?;
     let peer = peer_id(sockets.rpc_address)?;
     if let Some(predecessor) = &predecessor {
