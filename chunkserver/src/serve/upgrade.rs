@@ -70,10 +70,11 @@ struct Done {
     connections: usize,
 }
 
-/// Why it was given up, or that nothing can go on.
+/// Why it was given up, or that nothing can go on, or nothing but a process that starts anew.
 enum Failed {
     GivenUp(String),
     Fatal(String),
+    Restart(String),
 }
 
 impl From<ChannelError> for Failed {
@@ -110,7 +111,7 @@ impl Server<'_> {
                 tracing::error!(why, "the new process does not take over; going on");
                 Err(format!("the new process does not take over: {why}; the old one goes on"))
             }
-            Err(Failed::Fatal(why)) => {
+            Err(Failed::Fatal(why) | Failed::Restart(why)) => {
                 tracing::error!("{why}; leaving");
                 Err(why.clone())
             }
@@ -125,6 +126,7 @@ impl Server<'_> {
             Ok(_) => Some(End::HandedOver),
             Err(Failed::GivenUp(_)) => None,
             Err(Failed::Fatal(_)) => Some(End::Code(super::EXIT_DISK_FAILED)),
+            Err(Failed::Restart(_)) => Some(End::Code(1)),
         }
     }
 
@@ -176,6 +178,7 @@ impl Server<'_> {
             "stopped for the new process"
         );
         let connections = clients.len();
+        let on_record = self.nebd_record();
         match self.give(&mut successor.channel, &clients, since_ns, timeout) {
             Ok(()) => {}
             Err(why) => {
@@ -194,9 +197,23 @@ impl Server<'_> {
                 drop(successor);
                 // What it has received from clients and answered them is not known here: they must connect anew.
                 drop(clients);
+                if self.nebd_record() != on_record {
+                    let what = "and it opened or closed files of NEBD, of which only a new start knows";
+                    return Err(Failed::Restart(format!("{why} (after it had the connections, {what})")));
+                }
                 self.go_on(ports, Vec::new())?;
                 Err(Failed::GivenUp(format!("{why} (after it had the connections: they are closed)")))
             }
+        }
+    }
+
+    /// What the metafile says; `None` if that cannot be known. While clients are held nobody writes it but a successor that
+    /// serves.
+    fn nebd_record(&self) -> Option<Vec<u8>> {
+        let Some(nebd) = &self.parts.config.nebd else { return Some(Vec::new()) };
+        match std::fs::read(&nebd.metafile) {
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => Some(Vec::new()),
+            read => read.ok(),
         }
     }
 

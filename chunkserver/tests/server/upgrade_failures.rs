@@ -55,7 +55,10 @@ if mode == 'hangs': time.sleep(60)
 if mode == 'wrong-at-last': s.sendall(b'nonsense' * 10); time.sleep(60)
 say({'say': 'ready'})
 assert hear()['say'] == 'commit'
-if mode == 'dies-committed': sys.exit(1)
+if mode == 'opens-a-file':
+    folder = os.path.dirname(sys.argv[sys.argv.index('--config') + 1])
+    open(folder + '/nebdserver.meta', 'a').write(' ')
+if mode in ('dies-committed', 'opens-a-file'): sys.exit(1)
 time.sleep(60)
 "#;
 
