@@ -138,7 +138,11 @@ fn serve(
         },
     };
     let ctl_socket = config.ctl_socket();
+    let (serving, confirmed) = channel::<()>();
     std::thread::Builder::new().name("control".into()).spawn(move || {
+        if confirmed.recv().is_err() {
+            return; // the predecessor goes on, and needs the name of its socket
+        }
         if let Err(error) = server::run(control) {
             tracing::error!(%error, "the command socket is not served");
         }
@@ -148,6 +152,7 @@ fn serve(
     if let Some(predecessor) = predecessor {
         predecessor.confirm(config, disk, nebd_lock.as_ref())?;
     }
+    let _ = serving.send(()); // a thread that has ended has said so
 
     let mut server =
         Server { parts, crew, gate, volumes, nebd: nebd_server, nebd_lock, events, happened, later: VecDeque::new() };

@@ -172,20 +172,16 @@ impl Predecessor {
         }
     }
 
-    /// Say that we serve, and be alone with the disk when the old process is gone.
+    /// Say that we serve, now that nothing can prevent it; and be alone with the disk when the old process is gone.
     pub(super) fn confirm(mut self, config: &Config, disk: Option<&Disk>, nebd: Option<&Lock>) -> anyhow::Result<()> {
-        let _ = self.channel.say(&Message::Serving { pause_us: self.pause_us }); // or it is dead already
         let copy =
             |disk: &Disk| std::io::Result::Ok(Disk { file: disk.file.try_clone()?, layout: disk.layout.clone() });
-        let disk = disk
-            .map(copy)
-            .transpose()
-            .map_err(|error: std::io::Error| error)
-            .context("the disk")?
-            .zip(config.data.clone());
+        let disk = disk.map(copy).transpose().context("the disk")?.zip(config.data.clone());
         let nebd = nebd.map(Lock::try_clone).transpose().context("NEBD's lock")?;
+        let (say, said) = std::sync::mpsc::channel::<Channel>();
         std::thread::Builder::new().name("claim".into()).spawn(move || {
-            self.channel.wait_closed();
+            let Ok(mut channel) = said.recv() else { return };
+            channel.wait_closed();
             if let Some((disk, path)) = disk
                 && let Err(error) = disk.claim(&path, CLAIM_WAIT)
             {
@@ -199,6 +195,8 @@ impl Predecessor {
                 std::process::exit(i32::from(super::EXIT_DISK_FAILED));
             }
         })?;
+        let _ = self.channel.say(&Message::Serving { pause_us: self.pause_us }); // or it is dead already
+        let _ = say.send(self.channel);
         Ok(())
     }
 }
