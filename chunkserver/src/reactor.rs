@@ -70,7 +70,7 @@ pub struct Setup {
     pub disk: [u8; 16],
     /// Identity of the cluster; zeros: none is named.
     pub cluster: [u8; 16],
-    /// Drawn at the start: no other life of this process has it.
+    /// Drawn: no other life of this loop has it, in this process or another.
     pub seed: u64,
 }
 

@@ -249,24 +249,24 @@ struct Node {
     chunk_size: u32,
     /// Identity of the disk, or a number of this life.
     id: [u8; 16],
-    /// Drawn for this life.
-    seed: u64,
 }
 
 impl Node {
     fn new(config: &Config, disk: Option<&Disk>) -> anyhow::Result<Self> {
-        let mut drawn = [0; 24];
-        let _ = rustix::rand::getrandom(&mut drawn, rustix::rand::GetRandomFlags::empty());
-        let ([id @ .., _, _, _, _, _, _, _, _], seed) = (&drawn, drawn.last_chunk::<8>().copied().unwrap_or_default());
-        let seed = u64::from_le_bytes(seed);
         let Some(Disk { layout, .. }) = disk else {
             let cores = std::thread::available_parallelism().map_or(1, |n| (n.get() - 1).clamp(1, 256) as u16);
             let shards = if config.export_shards == 0 { cores } else { config.export_shards };
-            return Ok(Self { shards, chunk_size: CHUNK_BYTES_MAX as u32, id: *id, seed });
+            return Ok(Self { shards, chunk_size: CHUNK_BYTES_MAX as u32, id: drawn() });
         };
         config.check_disk(layout.chunk_size)?;
-        Ok(Self { shards: layout.shards, chunk_size: layout.chunk_size, id: layout.uuid, seed })
+        Ok(Self { shards: layout.shards, chunk_size: layout.chunk_size, id: layout.uuid })
     }
+}
+
+fn drawn<const BYTES: usize>() -> [u8; BYTES] {
+    let mut drawn = [0; BYTES];
+    let _ = rustix::rand::getrandom(&mut drawn, rustix::rand::GetRandomFlags::empty());
+    drawn
 }
 
 struct Parts<'a> {
@@ -296,6 +296,7 @@ struct Seed {
 impl Parts<'_> {
     fn start_shards(&self, ports: Vec<Port>, events: &Sender<Event>) -> anyhow::Result<Crew> {
         let shards = self.node.shards;
+        let life = u64::from_le_bytes(drawn());
         let disk = self.disk.map(|disk| (disk.layout.clone(), ExtentPool::new(&disk.layout)));
         let arenas = |size: u64| -> anyhow::Result<Vec<Arc<Arena>>> {
             (0..shards).map(|_| Arena::new(size as usize).context("memory for buffers")).collect()
@@ -324,9 +325,9 @@ impl Parts<'_> {
                     recv_buffers: RECV_BUFFERS,
                     doorbells: Arc::clone(self.bells),
                 },
-                shard: self.shard_config(number),
+                shard: self.shard_config(number, life),
                 disk: disk.clone(),
-                setup: self.setup(number, mailbox, port, arenas.clone()),
+                setup: self.setup(number, mailbox, port, arenas.clone(), life),
                 arenas,
                 cpu: self.config.pin_shards.then(|| cpus.get(n).copied()).flatten(),
             };
@@ -345,7 +346,7 @@ impl Parts<'_> {
         (0..self.node.shards).for_each(|shard| self.bells.ring(shard));
     }
 
-    fn shard_config(&self, shard: u16) -> shard::Config {
+    fn shard_config(&self, shard: u16, life: u64) -> shard::Config {
         shard::Config {
             shard,
             peer: self.peer.0,
@@ -354,11 +355,11 @@ impl Parts<'_> {
             election_ms: self.config.election_timeout_ms,
             trash_s: self.config.trash_expire_s,
             wall_s: wall_s(),
-            seed: self.node.seed.rotate_left(u32::from(shard)) ^ u64::from(shard) << 56,
+            seed: life.rotate_left(u32::from(shard)) ^ u64::from(shard) << 56,
         }
     }
 
-    fn setup(&self, number: u16, mailbox: Mailbox, port: Port, arenas: Arenas) -> Setup {
+    fn setup(&self, number: u16, mailbox: Mailbox, port: Port, arenas: Arenas, life: u64) -> Setup {
         let listeners = if number == 0 { self.sockets.listeners() } else { Vec::new() };
         Setup {
             listeners,
@@ -372,7 +373,7 @@ impl Parts<'_> {
             chunk_size: self.node.chunk_size,
             disk: self.node.id,
             cluster: self.config.cluster_id(),
-            seed: self.node.seed,
+            seed: life,
         }
     }
 }
