@@ -84,7 +84,7 @@ fn serve(
     let wait = Duration::from_millis(config.start_wait_ms);
     let mut node = Node::new(config, disk)?;
     // A predecessor has these until it has stopped.
-    let catalog = predecessor.is_none().then(|| CatalogStore::open(&config.catalog())).transpose()?;
+    let catalog = predecessor.is_none().then(|| CatalogStore::open_within(&config.catalog(), wait)).transpose()?;
     let config = &nebd::resolve(config)?;
     let prepared = match predecessor {
         None => nebd::Prepared::new(config, wait)?,
@@ -294,6 +294,7 @@ struct Seed {
 }
 
 impl Parts<'_> {
+    /// Each time under a number of its own: what shards number by it is never numbered so again.
     fn start_shards(&self, ports: Vec<Port>, events: &Sender<Event>) -> anyhow::Result<Crew> {
         let shards = self.node.shards;
         let life = u64::from_le_bytes(drawn());
