@@ -149,7 +149,11 @@ fn whatever_the_new_process_does_the_old_one_goes_on() {
     assert!(client.data(1, 5, 0, BLOCK) == pattern(5, BLOCK));
     // And volumes can be changed again, descriptors are as many as before, and a good program takes over.
     lab.ask(&["volume", "create", "--name", "v", "--size", "4MiB"]);
-    let before = server.descriptors();
+    let mut before = 0;
+    wait_for("the end of the commands' connections", || {
+        std::thread::sleep(Duration::from_millis(200));
+        std::mem::replace(&mut before, server.descriptors()) == before
+    });
     fails(&lab, fake(&lab, "dies-with-everything").to_str().unwrap());
     wait_for("as many descriptors as before", || server.descriptors() == before);
     let (heir, _) = upgrade(&lab);
