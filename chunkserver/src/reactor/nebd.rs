@@ -325,3 +325,6 @@ impl<I: Io> Reactor<I> {
         self.nebd_replies();
     }
 }
+
+#[cfg(test)]
+mod tests;
