@@ -1,7 +1,7 @@
 //! An exporter whose leaders are of the test's own making: what they owe it when it hands over.
 
 use super::client::{BLOCK, pattern};
-use super::harness::{Lab, Setup, text, wait_for};
+use super::harness::{BINARY, Lab, Setup, text, wait_for};
 use super::nbd::Nbd;
 use super::upgrade::upgrade;
 use super::upgrade_failures::{fails, fake};
@@ -9,6 +9,7 @@ use super::wire::{Message, Value, fields, frame};
 use rustix::process::Signal;
 use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::process::{Command, Stdio};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
@@ -116,12 +117,17 @@ fn a_command_that_waits_for_another_server_survives_a_hand_over_that_fails() {
     let leaders = Leaders::start(&lab);
     let server = lab.start();
     leaders.volume(&lab);
-    std::thread::scope(|scope| {
-        let deletion = scope.spawn(|| lab.ask(&["volume", "delete", "--name", "v"]));
-        wait_for("the order", || leaders.deletes.load(Ordering::SeqCst) > 0);
-        fails(&lab, fake(&lab, "dies-with-everything").to_str().unwrap());
-        leaders.answers_deletes.store(true, Ordering::SeqCst);
-        deletion.join().unwrap();
+    let mut command = Command::new(BINARY);
+    command.args(["volume", "delete", "--name", "v", "--ctl"]).arg(lab.path("ctl.sock")).stdout(Stdio::null());
+    let mut deletion = command.spawn().unwrap();
+    wait_for("the order", || leaders.deletes.load(Ordering::SeqCst) > 0);
+    fails(&lab, fake(&lab, "dies-with-everything").to_str().unwrap());
+    leaders.answers_deletes.store(true, Ordering::SeqCst);
+    let mut end = None;
+    wait_for("the deletion", || {
+        end = deletion.try_wait().unwrap();
+        end.is_some()
     });
+    assert!(end.unwrap().success());
     server.stop();
 }
