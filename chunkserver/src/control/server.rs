@@ -136,8 +136,9 @@ pub fn run(setup: Setup) -> std::io::Result<()> {
     })
 }
 
-/// A stale socket file of a dead server is replaced: the lock on the disk says that no other server lives. The socket
-/// is tokio's: tokio-uring sets SO_REUSEPORT on Unix sockets, which kernels from 6.12 on refuse.
+/// A stale socket file of a dead server is replaced: the lock on the disk, or without one on the catalog, says that no
+/// other server lives, or the one that hands over serves no more. The socket is tokio's: tokio-uring sets SO_REUSEPORT on
+/// Unix sockets, which kernels from 6.12 on refuse.
 fn bind(path: &Path) -> std::io::Result<UnixListener> {
     match std::fs::remove_file(path) {
         Err(e) if e.kind() != std::io::ErrorKind::NotFound => return Err(e),
