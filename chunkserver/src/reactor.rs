@@ -70,7 +70,7 @@ pub struct Setup {
     pub disk: [u8; 16],
     /// Identity of the cluster; zeros: none is named.
     pub cluster: [u8; 16],
-    /// Drawn at the start: no other life of this process has it.
+    /// Drawn: no other life of this loop has it, in this process or another.
     pub seed: u64,
 }
 
@@ -366,7 +366,11 @@ impl<I: Io> Reactor<I> {
         self.mail = mail;
     }
 
+    /// Orders that come while clients are held stay where they are: whoever goes on does them.
     fn receive_control(&mut self) {
+        if self.is_holding() {
+            return;
+        }
         while let Some(order) = self.setup.control.as_ref().and_then(Port::poll) {
             match order {
                 Order::Ask(request) => self.shard.request(request, &mut self.effects),
@@ -381,12 +385,15 @@ impl<I: Io> Reactor<I> {
         if self.again {
             return self.io.now();
         }
-        let mut deadline = self.shard.deadline().min(self.peers.deadline()).min(self.remote.deadline());
-        deadline = deadline.min(self.handover_deadline()).min(self.sweep_at);
+        let mut deadline = self.shard.deadline().min(self.handover_deadline()).min(self.sweep_at);
+        if !self.is_alone() {
+            deadline = deadline.min(self.peers.deadline()).min(self.remote.deadline());
+        }
         if let Some(std::cmp::Reverse((at, ..))) = self.timers.peek() {
             deadline = deadline.min(*at);
         }
-        for at in [self.accept_again, self.nebd.as_ref().and_then(nebd::Nebd::deadline)].into_iter().flatten() {
+        let parked = self.nebd.as_ref().and_then(nebd::Nebd::deadline).filter(|_| !self.is_holding());
+        for at in [self.accept_again, parked].into_iter().flatten() {
             deadline = deadline.min(at);
         }
         if !self.unread.is_empty() {

@@ -200,10 +200,11 @@ impl<I: Io> Reactor<I> {
         }
     }
 
-    /// For a hand-over: nothing of NEBD is under way but what is parked, and the worker writes no record.
+    /// For a hand-over: nothing of NEBD is under way but what is parked, or a job ([`Job::rests`] is not asked here), and
+    /// the worker writes no record.
     pub(super) fn nebd_is_held(&self) -> bool {
-        let parked = |nebd: &Nebd| nebd.calls.iter().all(|(_, call)| call.state == State::Parked);
-        self.nebd.as_ref().is_none_or(|nebd| parked(nebd) && nebd.server.is_idle())
+        let held = |call: &Call| matches!(call.state, State::Parked | State::Running(_));
+        self.nebd.as_ref().is_none_or(|nebd| nebd.calls.iter().all(|(_, call)| held(call)) && nebd.server.is_idle())
     }
 
     /// Act on what the table of files said, and on what that leads to.
@@ -384,3 +385,6 @@ impl<I: Io> Reactor<I> {
         self.nebd_replies();
     }
 }
+
+#[cfg(test)]
+mod tests;

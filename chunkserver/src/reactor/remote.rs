@@ -83,13 +83,21 @@ impl<I: Io> Reactor<I> {
 
     /// At the end of a turn: what `remote` wants done, and what was answered.
     pub(super) fn remote_step(&mut self) {
-        if self.is_alone() {
-            return;
+        let (now, alone) = (self.io.now(), self.is_alone());
+        if !alone {
+            self.remote.poll(now);
         }
-        let now = self.io.now();
-        self.remote.poll(now);
         while let Some(event) = self.remote.next_event() {
             match event {
+                RemoteEvent::Done { asker, lost, outcome, data } => {
+                    if let (true, Asker::Part { job, part }) = (lost, asker)
+                        && let Some(job) = self.jobs.get_mut(job)
+                    {
+                        job.io.lost(part);
+                    }
+                    self.done(asker, ended(outcome, data));
+                }
+                _ if alone => {}
                 RemoteEvent::Dial { server, address, timeout_ms } => {
                     self.dialing += 1;
                     self.io.submit(token(Owner::Dial, 0, server), Op::Connect { address, timeout_ms });
@@ -104,20 +112,15 @@ impl<I: Io> Reactor<I> {
                         self.doom(index);
                     }
                 }
-                RemoteEvent::Done { asker, lost, outcome, data } => {
-                    if let (true, Asker::Part { job, part }) = (lost, asker)
-                        && let Some(job) = self.jobs.get_mut(job)
-                    {
-                        job.io.lost(part);
-                    }
-                    self.done(asker, ended(outcome, data));
-                }
                 RemoteEvent::AskHere(copyset) => {
                     let shard = ShardId(shard_of(copyset, self.shards));
                     let op = RequestOp::Admin(AdminOp::CopysetStatus);
                     self.ask_shard(shard, copyset, op, Whom::Told(copyset));
                 }
             }
+        }
+        if alone {
+            return;
         }
         // What that led to, at the latest in the next turn.
         self.remote.poll(now);

@@ -78,6 +78,14 @@ pub(super) struct Job {
     pub(super) number: u64,
 }
 
+impl Job {
+    /// Nothing of it is asked, and its client sends it again to whoever serves: a hand-over does not wait for it, and
+    /// asks nothing more for it.
+    pub(super) fn rests(&self) -> bool {
+        matches!(self.whose, Whose::Nebd(_)) && self.io.is_waiting()
+    }
+}
+
 impl<I: Io> Reactor<I> {
     /// Act on what a session made of its input.
     pub(super) fn handle_incoming(&mut self, index: usize) {
@@ -242,7 +250,10 @@ impl<I: Io> Reactor<I> {
 
     /// Send what a volume I/O may send now.
     pub(super) fn drive(&mut self, key: usize) {
-        let now = self.io.now();
+        let (now, holding) = (self.io.now(), self.is_holding());
+        if holding && self.jobs.get(key).is_some_and(|job| matches!(job.whose, Whose::Nebd(_))) {
+            return;
+        }
         while let Some(job) = self.jobs.get_mut(key) {
             let Some(part) = job.io.next_part(now) else { break };
             let (volume, id) = (Arc::clone(job.io.volume()), job.number << 24 | u64::from(part.instance & 0xff_ffff));

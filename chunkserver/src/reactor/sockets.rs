@@ -264,7 +264,7 @@ impl<I: Io> Reactor<I> {
         }
         self.context.metrics().add(Counter::BytesIn, data.len() as u64);
         // It may have to wait: a held connection keeps none of the few receive buffers, peers need them.
-        let held = matches!(self.stage, Stage::Hold | Stage::Leave) && conn.is_client();
+        let held = self.stage.is_holding() && conn.is_heard();
         let data = if held { RecvBuf::new(Bytes::copy_from_slice(&data)) } else { data };
         conn.input = Some((data, 0));
         self.parse(index);
@@ -326,7 +326,7 @@ impl<I: Io> Reactor<I> {
     fn parse_some(&mut self, index: usize) -> bool {
         let (now, holding) = (self.io.now(), self.is_holding());
         let Some(conn) = self.conns.get_mut(index) else { return false };
-        if holding && conn.is_client() {
+        if holding && conn.is_heard() {
             return false;
         }
         let Some((data, at)) = conn.input.take().filter(|_| !conn.doomed) else { return false };

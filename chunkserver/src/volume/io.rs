@@ -289,6 +289,12 @@ impl VolumeIo {
         self.done
     }
 
+    /// Nothing of it is in flight: it waits until it is time to ask again.
+    #[must_use]
+    pub fn is_waiting(&self) -> bool {
+        self.asked == 0
+    }
+
     /// Take the answer to `part`.
     ///
     /// # Panics

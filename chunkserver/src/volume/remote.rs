@@ -408,7 +408,17 @@ impl<A: Copy> Remote<A> {
         // What was asked of the old leader and not answered is asked again, of the new one.
         let of_old =
             |call: &Call<A>| matches!(call, Call::Errand { copyset: c, leader, .. } if (*c, *leader) == (copyset, old));
-        let keys: Vec<usize> = self.calls.iter().filter(|(_, slot)| of_old(&slot.call)).map(|(key, _)| key).collect();
+        self.end(of_old);
+    }
+
+    /// Nobody is called any more: whatever has no answer ends.
+    pub fn give_up(&mut self) {
+        self.end(|call| matches!(call, Call::Errand { .. }));
+    }
+
+    /// Operations that end without their server's answer, to be asked again.
+    fn end(&mut self, which: impl Fn(&Call<A>) -> bool) {
+        let keys: Vec<usize> = self.calls.iter().filter(|(_, slot)| which(&slot.call)).map(|(key, _)| key).collect();
         for key in keys {
             if let Call::Errand { asker, .. } = self.calls.remove(key).call {
                 self.counts.lost += 1;

@@ -15,6 +15,7 @@ mod disks;
 mod foreign;
 mod frames;
 mod harness;
+mod leaders;
 mod nbd;
 mod nebd;
 mod pages;
