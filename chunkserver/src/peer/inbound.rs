@@ -359,3 +359,27 @@ pub fn read_hello(body: &Bytes) -> Result<Hello, Status> {
         _ => Status::Malformed,
     })
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn who_is_not_listened_to_is_not_silent() {
+        let (disk, cluster) = ([1; 16], [0; 16]);
+        let me = Identity { peer: 2, shard: 0, shards: 1, chunk_size: 4096, disk, cluster };
+        let (lane, chunk_size, from, to) = (Lane::Data, 4096, 1, 2);
+        let hello = Hello { lane, chunk_size, from, to, from_shard: 0, to_shard: 0, shards: 1, disk, cluster };
+        let at = |seconds: u64| Instant(seconds * 1_000_000_000);
+        let mut inbound = Inbound::new(&me, hello, 1, Status::Ok);
+        assert!(!inbound.is_silent(at(100)) && !inbound.is_silent(at(109)));
+        inbound.heard(at(109));
+        assert!(!inbound.is_silent(at(118)));
+        // It does not read its answers, so it is not read.
+        inbound.outbox.push(Bytes::from(vec![0; ANSWERS_MAX]), []);
+        assert!(!inbound.may_receive() && !inbound.is_silent(at(200)));
+        inbound.take_send(8);
+        inbound.sent();
+        assert!(inbound.may_receive() && !inbound.is_silent(at(209)) && inbound.is_silent(at(210)));
+    }
+}

@@ -484,23 +484,6 @@ fn inbound() -> Inbound {
 }
 
 #[test]
-fn who_is_not_listened_to_is_not_silent() {
-    let arena = Arena::new(64 << 10).unwrap();
-    let (mut inbound, mut out) = (inbound(), Vec::new());
-    let at = |seconds: u64| Instant(seconds * 1_000_000_000);
-    assert!(!inbound.is_silent(at(100)) && !inbound.is_silent(at(109)));
-    inbound.heard(at(109));
-    let taken = arena.alloc(64 << 10).unwrap();
-    let stream = frames([append(1, 1, &[8])]);
-    let mut input = &stream[..];
-    assert_eq!(inbound.received(&mut input, &arena, &mut out), Ok(Progress::NoBuffer));
-    assert!(!inbound.is_silent(at(200)), "it is not read");
-    drop(taken);
-    assert_eq!(inbound.received(&mut input, &arena, &mut out), Ok(Progress::Consumed));
-    assert!(!inbound.is_silent(at(209)) && inbound.is_silent(at(210)));
-}
-
-#[test]
 fn without_a_buffer_it_waits_and_goes_on_where_it_was() {
     let arena = Arena::new(64 << 10).unwrap();
     let mut inbound = inbound();
