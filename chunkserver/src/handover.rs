@@ -140,6 +140,15 @@ impl Channel {
         Self(socket)
     }
 
+    /// Over this socket, to a process that must not keep us waiting longer than this with what it does not take.
+    ///
+    /// # Errors
+    /// The system's.
+    pub fn with_send_wait(socket: UnixStream, wait: Duration) -> std::io::Result<Self> {
+        socket.set_write_timeout(Some(wait))?;
+        Ok(Self(socket))
+    }
+
     /// Say something. `data` in two parts, so that they need not be joined.
     ///
     /// # Errors
@@ -291,6 +300,16 @@ mod tests {
         assert_eq!(new.receive(None).unwrap().message, Message::Commit);
         drop(sender.join().unwrap());
         assert!(matches!(new.receive(None), Err(ChannelError::Closed)));
+    }
+
+    #[test]
+    fn who_does_not_listen_is_not_waited_for_long() {
+        let (a, _deaf) = UnixStream::pair().unwrap();
+        let mut old = Channel::with_send_wait(a, Duration::from_millis(5)).unwrap();
+        let fences = Message::Fences { epochs: Vec::new() };
+        assert!(matches!(old.send(&fences, [&[0; 4 << 20], b""], &[]), Err(ChannelError::TimedOut)));
+        let full = (0..1000).find_map(|_| old.say(&fences).err());
+        assert!(matches!(full, Some(ChannelError::TimedOut)));
     }
 
     #[test]

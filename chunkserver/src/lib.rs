@@ -15,6 +15,7 @@ pub mod nbd;
 pub mod nebd;
 pub mod peer;
 pub mod reactor;
+pub mod replace;
 pub mod rpc;
 pub mod serve;
 pub mod service;

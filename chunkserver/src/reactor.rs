@@ -3,6 +3,7 @@
 //! Generic over [`Io`], so that the simulator runs this very code. Group commit, send batching and raft batching come
 //! from the turn, not from a knob.
 
+mod conn;
 mod drain;
 pub mod handover;
 mod nebd;
@@ -26,10 +27,10 @@ use crate::shard::mail::PeerMail;
 use crate::shard::{Arenas, Effects, Failure, Shard};
 use crate::volume::catalog::SharedCatalog;
 use crate::volume::remote::{Remote, RemoteCounts};
+use conn::Conn;
 use handover::{Handed, Pause, Stage};
 use routing::{Gather, Job, Waiting};
 use slab::Slab;
-use sockets::Conn;
 use std::collections::{BTreeMap, BinaryHeap, VecDeque};
 use std::sync::Arc;
 
@@ -70,7 +71,7 @@ pub struct Setup {
     pub disk: [u8; 16],
     /// Identity of the cluster; zeros: none is named.
     pub cluster: [u8; 16],
-    /// Drawn at the start: no other life of this process has it.
+    /// Drawn: no other life of this loop has it, in this process or another.
     pub seed: u64,
 }
 
@@ -126,6 +127,8 @@ pub struct Reactor<I: Io> {
     timers: BinaryHeap<std::cmp::Reverse<(Instant, usize, u32)>>,
     serial: u32,
     next_shard: u16,
+    /// When to look for peers that are not there any more.
+    sweep_at: Instant,
     accept_again: Option<Instant>,
     effects: Effects,
     completions: Vec<Completion>,
@@ -198,6 +201,7 @@ impl<I: Io> Reactor<I> {
             timers: BinaryHeap::new(),
             serial: 0,
             next_shard: 0,
+            sweep_at: Instant::FAR,
             accept_again: Some(Instant(0)),
             effects: Effects::default(),
             completions: Vec::with_capacity(256),
@@ -363,7 +367,11 @@ impl<I: Io> Reactor<I> {
         self.mail = mail;
     }
 
+    /// Orders that come while clients are held stay where they are: whoever goes on does them.
     fn receive_control(&mut self) {
+        if self.is_holding() {
+            return;
+        }
         while let Some(order) = self.setup.control.as_ref().and_then(Port::poll) {
             match order {
                 Order::Ask(request) => self.shard.request(request, &mut self.effects),
@@ -378,12 +386,15 @@ impl<I: Io> Reactor<I> {
         if self.again {
             return self.io.now();
         }
-        let mut deadline = self.shard.deadline().min(self.peers.deadline()).min(self.remote.deadline());
-        deadline = deadline.min(self.handover_deadline());
+        let mut deadline = self.shard.deadline().min(self.handover_deadline()).min(self.sweep_at);
+        if !self.is_alone() {
+            deadline = deadline.min(self.peers.deadline()).min(self.remote.deadline());
+        }
         if let Some(std::cmp::Reverse((at, ..))) = self.timers.peek() {
             deadline = deadline.min(*at);
         }
-        for at in [self.accept_again, self.nebd.as_ref().and_then(nebd::Nebd::deadline)].into_iter().flatten() {
+        let parked = self.nebd.as_ref().and_then(nebd::Nebd::deadline).filter(|_| !self.is_holding());
+        for at in [self.accept_again, parked].into_iter().flatten() {
             deadline = deadline.min(at);
         }
         if !self.unread.is_empty() {

@@ -84,13 +84,13 @@ fn serve(
     let wait = Duration::from_millis(config.start_wait_ms);
     let mut node = Node::new(config, disk)?;
     // A predecessor has these until it has stopped.
-    let catalog = predecessor.is_none().then(|| CatalogStore::open(&config.catalog())).transpose()?;
+    let catalog = predecessor.is_none().then(|| CatalogStore::open_within(&config.catalog(), wait)).transpose()?;
     let config = &nebd::resolve(config)?;
     let prepared = match predecessor {
         None => nebd::Prepared::new(config, wait)?,
         Some(_) => None,
     };
-    let inherited = predecessor.as_mut().map(Predecessor::take_sockets).unwrap_or_default();
+    let inherited = predecessor.as_mut().map(|from| from.take_sockets(config)).transpose()?.unwrap_or_default();
     let sockets = Sockets::bind(config, wait, inherited)?;
     let peer = peer_id(sockets.rpc_address)?;
     if let Some(predecessor) = &predecessor {
@@ -138,7 +138,11 @@ fn serve(
         },
     };
     let ctl_socket = config.ctl_socket();
+    let (serving, confirmed) = channel::<()>();
     std::thread::Builder::new().name("control".into()).spawn(move || {
+        if confirmed.recv().is_err() {
+            return; // the predecessor goes on, and needs the name of its socket
+        }
         if let Err(error) = server::run(control) {
             tracing::error!(%error, "the command socket is not served");
         }
@@ -148,6 +152,7 @@ fn serve(
     if let Some(predecessor) = predecessor {
         predecessor.confirm(config, disk, nebd_lock.as_ref())?;
     }
+    let _ = serving.send(()); // a thread that has ended has said so
 
     let mut server =
         Server { parts, crew, gate, volumes, nebd: nebd_server, nebd_lock, events, happened, later: VecDeque::new() };
@@ -244,24 +249,24 @@ struct Node {
     chunk_size: u32,
     /// Identity of the disk, or a number of this life.
     id: [u8; 16],
-    /// Drawn for this life.
-    seed: u64,
 }
 
 impl Node {
     fn new(config: &Config, disk: Option<&Disk>) -> anyhow::Result<Self> {
-        let mut drawn = [0; 24];
-        let _ = rustix::rand::getrandom(&mut drawn, rustix::rand::GetRandomFlags::empty());
-        let ([id @ .., _, _, _, _, _, _, _, _], seed) = (&drawn, drawn.last_chunk::<8>().copied().unwrap_or_default());
-        let seed = u64::from_le_bytes(seed);
         let Some(Disk { layout, .. }) = disk else {
             let cores = std::thread::available_parallelism().map_or(1, |n| (n.get() - 1).clamp(1, 256) as u16);
             let shards = if config.export_shards == 0 { cores } else { config.export_shards };
-            return Ok(Self { shards, chunk_size: CHUNK_BYTES_MAX as u32, id: *id, seed });
+            return Ok(Self { shards, chunk_size: CHUNK_BYTES_MAX as u32, id: drawn() });
         };
         config.check_disk(layout.chunk_size)?;
-        Ok(Self { shards: layout.shards, chunk_size: layout.chunk_size, id: layout.uuid, seed })
+        Ok(Self { shards: layout.shards, chunk_size: layout.chunk_size, id: layout.uuid })
     }
+}
+
+fn drawn<const BYTES: usize>() -> [u8; BYTES] {
+    let mut drawn = [0; BYTES];
+    let _ = rustix::rand::getrandom(&mut drawn, rustix::rand::GetRandomFlags::empty());
+    drawn
 }
 
 struct Parts<'a> {
@@ -289,8 +294,10 @@ struct Seed {
 }
 
 impl Parts<'_> {
+    /// Each time under a number of its own: what shards number by it is never numbered so again.
     fn start_shards(&self, ports: Vec<Port>, events: &Sender<Event>) -> anyhow::Result<Crew> {
         let shards = self.node.shards;
+        let life = u64::from_le_bytes(drawn());
         let disk = self.disk.map(|disk| (disk.layout.clone(), ExtentPool::new(&disk.layout)));
         let arenas = |size: u64| -> anyhow::Result<Vec<Arc<Arena>>> {
             (0..shards).map(|_| Arena::new(size as usize).context("memory for buffers")).collect()
@@ -319,9 +326,9 @@ impl Parts<'_> {
                     recv_buffers: RECV_BUFFERS,
                     doorbells: Arc::clone(self.bells),
                 },
-                shard: self.shard_config(number),
+                shard: self.shard_config(number, life),
                 disk: disk.clone(),
-                setup: self.setup(number, mailbox, port, arenas.clone()),
+                setup: self.setup(number, mailbox, port, arenas.clone(), life),
                 arenas,
                 cpu: self.config.pin_shards.then(|| cpus.get(n).copied()).flatten(),
             };
@@ -340,7 +347,7 @@ impl Parts<'_> {
         (0..self.node.shards).for_each(|shard| self.bells.ring(shard));
     }
 
-    fn shard_config(&self, shard: u16) -> shard::Config {
+    fn shard_config(&self, shard: u16, life: u64) -> shard::Config {
         shard::Config {
             shard,
             peer: self.peer.0,
@@ -350,11 +357,11 @@ impl Parts<'_> {
             snapshot_rate: self.config.snapshot_bytes_per_s.0 / u64::from(self.node.shards).max(1),
             trash_s: self.config.trash_expire_s,
             wall_s: wall_s(),
-            seed: self.node.seed.rotate_left(u32::from(shard)) ^ u64::from(shard) << 56,
+            seed: life.rotate_left(u32::from(shard)) ^ u64::from(shard) << 56,
         }
     }
 
-    fn setup(&self, number: u16, mailbox: Mailbox, port: Port, arenas: Arenas) -> Setup {
+    fn setup(&self, number: u16, mailbox: Mailbox, port: Port, arenas: Arenas, life: u64) -> Setup {
         let listeners = if number == 0 { self.sockets.listeners() } else { Vec::new() };
         Setup {
             listeners,
@@ -368,7 +375,7 @@ impl Parts<'_> {
             chunk_size: self.node.chunk_size,
             disk: self.node.id,
             cluster: self.config.cluster_id(),
-            seed: self.node.seed,
+            seed: life,
         }
     }
 }

@@ -29,16 +29,17 @@ const ROOMS: &[(&str, &[&str])] = &[
     ("peer", &["chunk", "io", "limits", "rpc", "shard::mail"]),
     ("service", &["io", "limits", "metrics", "rpc", "shard::request"]),
     ("volume", &["io", "rpc", "shard::request"]),
-    ("volume::catalog", &["volume"]),
+    ("replace", &[]), // small files written anew
+    ("volume::catalog", &["replace", "volume"]),
     ("nbd", &["io", "limits", "shard::request", "volume", "volume::catalog"]),
-    ("nebd", &["io", "limits", "metrics", "rpc", "service", "shard::request", "volume"]),
+    ("nebd", &["io", "limits", "metrics", "replace", "rpc", "service", "shard::request", "volume"]),
     ("control::shards", &["chunk", "io::uring", "shard::request"]), // the wire between control thread and shards
     ("reactor", &["chunk", "control::shards", "io", "limits", "mailbox", "metrics", "nbd", "nebd", "peer", "rpc", "service", "shard",
         "shard::mail", "shard::request", "volume", "volume::catalog"]),
     ("handover", &["reactor"]),
     ("control", &["chunk", "control::shards", "io", "io::uring", "nebd", "shard", "shard::request", "volume", "volume::catalog"]),
     ("serve", &["chunk", "config", "control", "control::shards", "handover", "io", "io::uring", "limits", "mailbox", "metrics",
-        "nebd", "reactor", "service", "shard", "volume::catalog"]),
+        "nebd", "reactor", "replace", "service", "shard", "volume::catalog"]),
     ("main", &["config", "control", "serve"]),
 ];
 

@@ -2,7 +2,7 @@
 //!
 //! Format owned (little-endian):
 //! ```text
-//! | version u8 = 1 | flags u8 (bit 0: leave the joint stage by itself, bit 1: retired, bit 2: void) | 4 x count u16 | epoch u64 | ids u64 ... |
+//! | version u8 = 1 | flags u8 (bit 0: leave the joint stage by itself, 1: retired, 2: suspect, 3: void) | 4 x count u16 | epoch u64 | ids u64 ... |
 //! | if retired: u64 | if void: u64 |
 //! ```
 //! The counts and ids are voters, learners, outgoing voters, next learners. A decoded state is one raft-rs accepts:
@@ -14,7 +14,8 @@ use raft::eraftpb;
 const VERSION: u8 = 1;
 const FLAG_AUTO_LEAVE: u8 = 1;
 const FLAG_RETIRED: u8 = 2;
-const FLAG_VOID: u8 = 4;
+const FLAG_SUSPECT: u8 = 4;
+const FLAG_VOID: u8 = 8;
 const HEAD: usize = 2 + 4 * 2 + 8;
 /// Most members in one list; a bound for hostile input, far above any real copyset.
 const MEMBERS_MAX: usize = 64;
@@ -37,6 +38,8 @@ pub struct ConfState {
     /// When this replica was taken out of service for good, seconds since 1970; 0: it was not. Only of this replica: it is
     /// never sent.
     pub retired: u64,
+    /// This replica's log lost records, and it has not caught up with what they may have held. Never sent either.
+    pub suspect: bool,
     /// Membership changes up to this index of the log do not count: the voters were forced while they stood in its tail.
     /// 0: all do.
     pub void: u64,
@@ -97,11 +100,8 @@ impl ConfState {
         let mut out = BytesMut::with_capacity(HEAD + 16 + 8 * lists.iter().map(|l| l.len()).sum::<usize>());
         out.put_u8(VERSION);
         let flag = |set, flag| if set { flag } else { 0 };
-        out.put_u8(
-            flag(self.auto_leave, FLAG_AUTO_LEAVE)
-                | flag(self.retired != 0, FLAG_RETIRED)
-                | flag(self.void != 0, FLAG_VOID),
-        );
+        let own = flag(self.retired != 0, FLAG_RETIRED) | flag(self.suspect, FLAG_SUSPECT);
+        out.put_u8(flag(self.auto_leave, FLAG_AUTO_LEAVE) | own | flag(self.void != 0, FLAG_VOID));
         for list in lists {
             assert!(list.len() <= MEMBERS_MAX, "configuration with {} members", list.len());
             out.put_u16_le(list.len() as u16);
@@ -120,7 +120,7 @@ impl ConfState {
         if version != VERSION {
             return Err(ConfError::Version(version));
         }
-        if flags & !(FLAG_AUTO_LEAVE | FLAG_RETIRED | FLAG_VOID) != 0 {
+        if flags & !(FLAG_AUTO_LEAVE | FLAG_RETIRED | FLAG_SUSPECT | FLAG_VOID) != 0 {
             return Err(ConfError::Flags(flags));
         }
         let mut take = |count: [u8; 2]| {
@@ -137,6 +137,7 @@ impl ConfState {
             auto_leave: flags & FLAG_AUTO_LEAVE != 0,
             epoch: u64::from_le_bytes(epoch),
             retired: 0,
+            suspect: flags & FLAG_SUSPECT != 0,
             void: 0,
         };
         for (flag, value, never) in [
@@ -186,6 +187,7 @@ impl ConfState {
             auto_leave: state.get_auto_leave(),
             epoch,
             retired: 0,
+            suspect: false,
             void: 0,
         }
     }
@@ -225,6 +227,7 @@ mod tests {
             auto_leave: true,
             epoch: 7,
             retired: 0,
+            suspect: false,
             void: 0,
         }
     }
@@ -259,12 +262,20 @@ mod tests {
     fn void_changes_end_somewhere() {
         let conf = ConfState { void: 0x0304, ..ConfState::of(&[1]) };
         let bytes = conf.encode();
-        assert_eq!((bytes[1], &bytes[bytes.len() - 8..]), (4, &[4, 3, 0, 0, 0, 0, 0, 0][..]));
+        assert_eq!((bytes[1], &bytes[bytes.len() - 8..]), (8, &[4, 3, 0, 0, 0, 0, 0, 0][..]));
         assert_eq!(ConfState::decode(&bytes), Ok(conf.clone()));
         let both = ConfState { retired: 7, ..conf };
-        assert_eq!((both.encode()[1], ConfState::decode(&both.encode())), (6, Ok(both)));
+        assert_eq!((both.encode()[1], ConfState::decode(&both.encode())), (10, Ok(both)));
         let nowhere = [&bytes[..bytes.len() - 8], &[0; 8]].concat();
         assert_eq!(ConfState::decode(&nowhere), Err(ConfError::Contradiction("changes void up to no index")));
+    }
+
+    #[test]
+    fn a_suspect_replica_says_so() {
+        let conf = ConfState { suspect: true, ..ConfState::of(&[1]) };
+        let bytes = conf.encode();
+        assert_eq!((bytes[1], bytes.len()), (4, ConfState::of(&[1]).encode().len()));
+        assert_eq!(ConfState::decode(&bytes), Ok(conf));
     }
 
     #[test]

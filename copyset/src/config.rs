@@ -14,6 +14,8 @@ pub struct Config {
     pub election_timeout_ns: u64,
     /// Between two heartbeats of a leader; each starts a lease round.
     pub heartbeat_ns: u64,
+    /// A copyset that nobody used for so long becomes idle: its heartbeats are rare, see [`IDLE_FACTOR`].
+    pub idle_after_ns: u64,
     /// Payload bytes of one append message to a peer. A single entry larger than this travels alone.
     pub max_message_bytes: u64,
     /// Append messages in flight to one peer.
@@ -30,7 +32,8 @@ pub struct Config {
     pub catch_up_entries: u64,
     /// A membership change is given up when a learner made no progress for so long.
     pub catch_up_idle_ns: u64,
-    /// The log lost records that may have been this copyset's (rule 21): see `Copyset::suspect_until`.
+    /// The log lost records that may have been this copyset's (rule 21): see `Copyset::suspect_until`. Checkpoints say so
+    /// until it has caught up, so that it starts as suspect again when the loss itself cannot be seen any more.
     pub suspect: bool,
     /// For election timeouts; the same seed, the same run.
     pub seed: u64,
@@ -38,8 +41,11 @@ pub struct Config {
 
 const MS: u64 = 1_000_000;
 
+/// Heartbeats, elections and check-quorum of an idle copyset take so many times as long.
+pub const IDLE_FACTOR: u64 = 8;
+
 impl Config {
-    /// With the defaults: T of 400 ms, a heartbeat every fifth of it.
+    /// With the defaults: T of 400 ms, a heartbeat every fifth of it, idle after 25 T.
     #[must_use]
     pub const fn new(id: CopysetId, peer: u64, seed: u64) -> Self {
         Self {
@@ -47,6 +53,7 @@ impl Config {
             peer,
             election_timeout_ns: 400 * MS,
             heartbeat_ns: 80 * MS,
+            idle_after_ns: 10_000 * MS,
             max_message_bytes: 256 << 10,
             max_in_flight: 128,
             window_bytes: 8 << 20,
@@ -60,10 +67,10 @@ impl Config {
         }
     }
 
-    /// With another T, and a heartbeat every fifth of it.
+    /// With another T, a heartbeat every fifth of it, idle after 25 of it.
     #[must_use]
     pub const fn with_election_timeout(mut self, ns: u64) -> Self {
-        (self.election_timeout_ns, self.heartbeat_ns) = (ns, ns / 5);
+        (self.election_timeout_ns, self.heartbeat_ns, self.idle_after_ns) = (ns, ns / 5, 25 * ns);
         self
     }
 

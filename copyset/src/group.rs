@@ -12,6 +12,7 @@
 //!   the batch with that vote is, or a learner could be sent two different entries of one term across a crash.
 
 mod flow;
+mod idle;
 mod member;
 mod read;
 mod ready;
@@ -45,6 +46,7 @@ use std::cell::RefCell;
 use std::collections::{BTreeMap, VecDeque};
 use std::rc::Rc;
 
+use idle::Idle;
 pub use member::{ChangeRefused, InProgress, Started};
 use ready::{MEMBERS_MAX, send};
 pub use renew::{Renewal, ResetRefused};
@@ -95,6 +97,7 @@ pub struct Copyset {
     history: History,
     lease: Lease,
     reads: Reads,
+    idle: Idle,
     window: Window,
     fetches: Fetches,
     /// A membership change begun here.
@@ -164,13 +167,14 @@ impl Copyset {
             let logged = log.index(config.id).map(raftlog::Index::hard_state).unwrap_or_default();
             (start, logged, log.durable_seq(), log.max_entry_bytes())
         };
-        let Start { conf, applied, applied_term, hard_state } = start;
+        let Start { conf, suspect, applied, applied_term, hard_state } = start;
         let mut state = eraftpb::HardState::default();
         (state.term, state.vote, state.commit) = (hard_state.term, hard_state.vote, hard_state.commit);
         let storage = LogStorage::new(Rc::clone(&log), config.id, RaftState::new(state, conf.to_raft()));
+        let marked = conf.suspect;
         let raw = RawNode::new(&raft_config(&config, applied), storage, &quiet())?;
         // Whoever echoed a leader's round had made its term durable first; the first leader's term is 2.
-        let fresh = hard_state.term <= 1 && hard_state.vote == 0 && !config.suspect;
+        let fresh = hard_state.term <= 1 && hard_state.vote == 0 && !suspect;
         let mut this = Self {
             rng: Rng::new(config.seed, [config.id.0, config.peer]),
             time: Time::new(&config, now, fresh),
@@ -178,9 +182,11 @@ impl Copyset {
             proposals: Proposals::default(),
             contexts: Contexts::default(),
             retired: conf.retired,
-            history: History::new(applied, conf),
+            // What others may be told.
+            history: History::new(applied, ConfState { retired: 0, suspect: false, ..conf }),
             lease: Lease::default(),
             reads: Reads::default(),
+            idle: Idle::new(now),
             window: Window::default(),
             fetches: Fetches::default(),
             plan: None,
@@ -189,7 +195,7 @@ impl Copyset {
             offer: None,
             installing: None,
             frozen: false,
-            suspicion: if config.suspect { Suspicion::Unknown } else { Suspicion::Clear },
+            suspicion: if suspect { Suspicion::Unknown } else { Suspicion::Clear },
             held_back: false,
             removed: false,
             hard_state,
@@ -208,6 +214,9 @@ impl Copyset {
             log,
             raw,
         };
+        if suspect && !marked {
+            this.log_suspicion();
+        }
         this.draw_timeout();
         this.campaign_alone();
         Ok(this)
@@ -233,6 +242,7 @@ impl Copyset {
         let mut entry = eraftpb::Entry::default();
         (entry.data, entry.context) = (payload, self.contexts.make(header, crcs));
         self.proposals.push(cookie, entry);
+        self.used();
         Ok(())
     }
 
@@ -342,9 +352,14 @@ impl Copyset {
             applied_index: index,
             applied_term: self.term_at(index),
             hard_state: self.hard_state,
-            conf: ConfState { retired: self.retired, ..self.history.at(index).clone() }.encode(),
+            conf: self.own(self.history.at(index).clone()).encode(),
             incarnation: self.raw.store().incarnation(),
         }
+    }
+
+    /// With what is only of this replica.
+    fn own(&self, conf: ConfState) -> ConfState {
+        ConfState { retired: self.retired, suspect: self.suspicion.holds(), ..conf }
     }
 
     /// From now on every checkpoint says that this replica was taken out of service for good at `at`, seconds since 1970

@@ -33,7 +33,7 @@ mod window;
 
 pub use change::{ChangeError, decode_change, encode_change};
 pub use conf::{ConfError, ConfState};
-pub use config::Config;
+pub use config::{Config, IDLE_FACTOR};
 pub use effect::{ChangeFailed, Changed, Committed, Effect, Lane, lane};
 pub use entry::{from_log as entry_from_log, to_log as entry_to_log};
 pub use group::{

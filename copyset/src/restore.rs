@@ -74,19 +74,23 @@ pub enum Error {
 /// What to start from.
 #[derive(Debug)]
 pub(crate) struct Start {
+    /// As the log holds it, with what is only of this replica.
     pub(crate) conf: ConfState,
+    /// Records of it are lost, now or before it was last caught up.
+    pub(crate) suspect: bool,
     pub(crate) applied: u64,
     pub(crate) applied_term: u64,
     /// With a commit in `applied..=last`.
     pub(crate) hard_state: HardState,
 }
 
-/// Reads and checks one copyset's part of the log. `suspect`: records of it are lost, so it may end before what was
-/// committed, and in a term that no hard state speaks of (rule 21).
-pub(crate) fn load(log: &Log, id: CopysetId, suspect: bool) -> Result<Start, Error> {
+/// Reads and checks one copyset's part of the log. `lost`: records of it are; then, and while its checkpoint says that they
+/// were, it may end before what was committed, and in a term that no hard state speaks of (rule 21).
+pub(crate) fn load(log: &Log, id: CopysetId, lost: bool) -> Result<Start, Error> {
     let index = log.index(id).ok_or(Error::Unknown(id))?;
     let checkpoint = index.checkpoint();
     let conf = ConfState::decode(&checkpoint.conf).map_err(|e| Error::Conf(id, e))?;
+    let suspect = lost || conf.suspect;
     let (applied, applied_term) = (checkpoint.applied_index, checkpoint.applied_term);
     let mut hard_state = index.hard_state();
     // A commit record may be older than the checkpoint; what is applied is committed.
@@ -108,7 +112,7 @@ pub(crate) fn load(log: &Log, id: CopysetId, suspect: bool) -> Result<Start, Err
     if hard_state.term < last_term {
         return Err(Error::Term { id, term: hard_state.term, last: last_term });
     }
-    Ok(Start { conf, applied, applied_term, hard_state })
+    Ok(Start { conf, suspect, applied, applied_term, hard_state })
 }
 
 /// Contiguous indexes, rising terms, readable changes; gives the last term.

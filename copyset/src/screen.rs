@@ -13,8 +13,10 @@ use raftlog::BLOCK;
 
 /// Longest header of an operation.
 pub const HEADER_MAX: usize = 1024;
-/// Bytes of a round's number in a heartbeat's context.
-pub(crate) const ROUND_LEN: usize = 8;
+/// Beside a round's number, in a heartbeat's context: the leader would become idle. In its echo: the follower has. Whoever knows no idle
+/// copysets echoes the first as it came, and so is never taken for one that has.
+pub(crate) const IDLE_ASKED: u64 = 1 << 63;
+pub(crate) const IDLE_TAKEN: u64 = 1 << 62;
 
 /// Why a message was not stepped.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -173,8 +175,17 @@ fn check_round(message: &Message, newest: u64) -> Result<(), StepError> {
 
 /// The round in a heartbeat or its answer.
 pub(crate) fn round_of(message: &Message) -> Option<u64> {
-    let bytes: [u8; ROUND_LEN] = message.context.as_ref().try_into().ok()?;
-    Some(u64::from_le_bytes(bytes))
+    context_of(message).map(|context| context & !(IDLE_ASKED | IDLE_TAKEN))
+}
+
+/// Whether a heartbeat or its answer says this of idleness.
+pub(crate) fn says(message: &Message, bit: u64) -> bool {
+    let beats = matches!(message.get_msg_type(), MessageType::MsgHeartbeat | MessageType::MsgHeartbeatResponse);
+    beats && context_of(message).is_some_and(|context| context & bit != 0)
+}
+
+fn context_of(message: &Message) -> Option<u64> {
+    message.context.as_ref().try_into().ok().map(u64::from_le_bytes)
 }
 
 fn check_snapshot(message: &Message) -> Result<(), StepError> {
@@ -337,6 +348,10 @@ mod tests {
         assert_eq!(check(&echo, &leader), Ok(()));
         echo.context = 4u64.to_le_bytes().to_vec().into();
         assert_eq!(check(&echo, &leader), Err(StepError::Unasked));
+        assert!(!says(&echo, IDLE_TAKEN));
+        echo.context = (3 | IDLE_ASKED | IDLE_TAKEN).to_le_bytes().to_vec().into();
+        assert_eq!((check(&echo, &leader), round_of(&echo)), (Ok(()), Some(3)));
+        assert!(says(&echo, IDLE_TAKEN) && says(&echo, IDLE_ASKED));
 
         let mut offer = message(MessageType::MsgSnapshot);
         offer.mut_snapshot().data = ConfState::of(&[2]).encode();

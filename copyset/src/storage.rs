@@ -127,7 +127,8 @@ impl Storage for LogStorage {
             let checkpoint = log.checkpoint();
             let conf = ConfState::decode(&checkpoint.conf).ok().filter(|_| checkpoint.applied_index >= request_index);
             let conf = conf.ok_or(Error::Store(StorageError::SnapshotTemporarilyUnavailable))?;
-            let mut snapshot = Snapshot { data: checkpoint.conf.clone(), ..Snapshot::default() };
+            let conf = ConfState { retired: 0, suspect: false, ..conf };
+            let mut snapshot = Snapshot { data: conf.encode(), ..Snapshot::default() };
             let metadata = snapshot.mut_metadata();
             metadata.index = checkpoint.applied_index;
             metadata.term = checkpoint.applied_term;

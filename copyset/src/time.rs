@@ -4,8 +4,10 @@
 //! worth what passed since the one before but no more than a heartbeat: a process that was paused did not wait, it
 //! was not there, and acts as if it had just fallen asleep (rule 17). **Promises** (the lease, refusing votes) are
 //! compared with the clock, which goes on while the process is paused (rule 18).
+//!
+//! All waiting, and no promise, is longer while the copyset is idle (`group/idle.rs`).
 
-use crate::config::Config;
+use crate::config::{Config, IDLE_FACTOR};
 
 /// What a tick asks for.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -30,6 +32,8 @@ pub(crate) struct Time {
     wait: u64,
     since_heartbeat: u64,
     since_check: u64,
+    /// Waiting takes [`IDLE_FACTOR`] times as long.
+    idle: bool,
     /// Elections in vain since a leader was heard.
     pub(crate) attempts: u32,
     /// Votes are refused until T after this.
@@ -49,6 +53,7 @@ impl Time {
             wait: config.election_timeout_ns,
             since_heartbeat: 0,
             since_check: 0,
+            idle: false,
             attempts: 0,
             silent_from: (!fresh).then_some(now),
         }
@@ -71,11 +76,12 @@ impl Time {
         self.waited += passed;
         self.since_heartbeat += passed;
         self.since_check += passed;
-        let heartbeat = self.since_heartbeat >= self.heartbeat_ns;
-        let check_quorum = self.since_check >= self.timeout_ns;
+        let longer = if self.idle { IDLE_FACTOR } else { 1 };
+        let heartbeat = self.since_heartbeat >= self.heartbeat_ns * longer;
+        let check_quorum = self.since_check >= self.timeout_ns * longer;
         self.since_heartbeat *= u64::from(!heartbeat);
         self.since_check *= u64::from(!check_quorum);
-        Due { election: self.waited >= self.wait, heartbeat, check_quorum }
+        Due { election: self.waited >= self.wait * longer, heartbeat, check_quorum }
     }
 
     /// Waiting for an election begins anew.
@@ -86,6 +92,20 @@ impl Time {
     /// So does a leader's waiting.
     pub(crate) fn restart_leader(&mut self) {
         (self.since_heartbeat, self.since_check) = (0, 0);
+    }
+
+    pub(crate) fn is_idle(&self) -> bool {
+        self.idle
+    }
+
+    /// Wait for longer, or no longer for longer.
+    pub(crate) fn set_idle(&mut self, idle: bool) {
+        self.idle = idle;
+    }
+
+    /// A heartbeat is due at the next tick.
+    pub(crate) fn beat_soon(&mut self) {
+        self.since_heartbeat = self.heartbeat_ns;
     }
 
     /// A heartbeat leaves now.
@@ -133,6 +153,25 @@ mod tests {
         assert_eq!(time.tick(90_000), Due { heartbeat: true, ..Due::default() }, "but no election: 200 passed");
         let dues = (1..=10).filter(|i| time.tick(90_000 + i * 100).election).count();
         assert_eq!(dues, 3, "from 800 more on");
+    }
+
+    #[test]
+    fn an_idle_copyset_waits_longer_and_promises_the_same() {
+        let mut time = time(false);
+        time.restart(1000);
+        time.set_idle(true);
+        time.heard(5000);
+        let ticks = |time: &mut Time, from: u64| {
+            (1..=20).map(|i| time.tick(from + i * 100)).fold([0, 0, 0], |[e, h, c], due| {
+                [e + usize::from(due.election), h + usize::from(due.heartbeat), c + usize::from(due.check_quorum)]
+            })
+        };
+        assert_eq!(ticks(&mut time, 5000), [0, 1, 0], "a heartbeat in 1600 instead of 200");
+        assert!(!time.refuses_votes(), "2000 after the leader was heard");
+        time.set_idle(false);
+        assert_eq!(time.tick(7100), Due { election: true, heartbeat: true, check_quorum: true });
+        time.beat_soon();
+        assert!(time.tick(7100).heartbeat);
     }
 
     #[test]

@@ -99,6 +99,13 @@ fn event(net: &mut Net, count: u64, tally: &mut Tally) {
 
 fn life(count: u64, seed: u64, tally: &mut Tally) {
     let mut net = Net::new(count, seed);
+    if seed.is_multiple_of(3) {
+        // Idle whenever nobody uses it for a moment.
+        for node in net.nodes.values_mut() {
+            node.config.idle_after_ns = 0;
+            node.restart();
+        }
+    }
     for _ in 0..30 {
         event(&mut net, count, tally);
         for _ in 0..net.rng.below(60) {

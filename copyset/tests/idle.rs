@@ -1,13 +1,14 @@
-//! What a thousand idle copysets cost. A report, no limit: machines differ (`--nocapture`).
+//! Idle copysets: when they slow down, and what ends it. What a thousand cost is a report, no limit: machines differ
+//! (`--nocapture`).
 #![allow(clippy::unwrap_used, clippy::print_stdout, clippy::disallowed_types)] // measures
 
 mod common;
 
 use common::Node;
-use copyset::raft::eraftpb::Message;
+use copyset::raft::eraftpb::{Message, MessageType};
 use copyset::{Config, Role};
 use raftlog::CopysetId;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 use std::time::{Duration, Instant};
 
 const GROUPS: usize = 30;
@@ -15,7 +16,7 @@ const SECONDS: u64 = 4;
 
 #[test]
 fn a_thousand_idle_copysets() {
-    let config = |peer, seed| Config::new(CopysetId::new(1, 7), peer, seed);
+    let config = |peer, seed| Config { idle_after_ns: 0, ..Config::new(CopysetId::new(1, 7), peer, seed) };
     let mut groups: Vec<[Node; 3]> =
         (0..GROUPS).map(|g| [1, 2, 3].map(|peer| Node::new(config(peer, g as u64), &[1, 2, 3], g as u64))).collect();
     let tick_ns = groups[0][0].config.tick_ns();
@@ -41,12 +42,171 @@ fn a_thousand_idle_copysets() {
             *spent.get_mut(phase).unwrap() += started.elapsed();
         }
     }
-    let leading = groups.iter().flatten().filter(|n| n.copyset.role() == Role::Leader && n.may_read()).count();
-    assert_eq!(leading, GROUPS, "each has a leader with a lease");
+    let leading = groups.iter().flatten().filter(|n| n.copyset.role() == Role::Leader).count();
+    assert_eq!(leading, GROUPS, "each has a leader");
+    assert!(groups.iter().flatten().all(|n| n.copyset.is_idle()));
     let share = spent["idle"].as_secs_f64() / SECONDS as f64 / GROUPS as f64 / 3.0 * 1000.0;
     println!(
         "1000 idle replicas (of {GROUPS} groups measured, test and all): {:.2} % of a core, {} messages/s each",
         share * 100.0,
         messages / SECONDS / GROUPS as u64 / 3
     );
+}
+
+/// Three replicas, and messages that arrive at once unless one of the two is cut off.
+struct Group {
+    nodes: [Node; 3],
+    cut: Vec<u64>,
+    sent: HashMap<MessageType, u64>,
+}
+
+impl Group {
+    fn new(seed: u64) -> Self {
+        let config = |peer| Config::new(CopysetId::new(1, 7), peer, seed);
+        let config = |peer| Config { idle_after_ns: 2 * config(peer).election_timeout_ns, ..config(peer) };
+        let node = |peer| Node::new(config(peer), &[1, 2, 3], seed);
+        Self { nodes: [1, 2, 3].map(node), cut: Vec::new(), sent: HashMap::new() }
+    }
+
+    fn exchange(&mut self) {
+        loop {
+            let mut mail: Vec<Message> = Vec::new();
+            for node in &mut self.nodes {
+                node.settle();
+                mail.append(&mut node.outgoing);
+            }
+            if mail.is_empty() {
+                return;
+            }
+            for message in mail.into_iter().filter(|m| !self.cut.contains(&m.from) && !self.cut.contains(&m.to)) {
+                *self.sent.entry(message.get_msg_type()).or_default() += 1;
+                let _ = self.nodes[message.to as usize - 1].step(message);
+            }
+        }
+    }
+
+    /// So many times T pass.
+    fn pass(&mut self, timeouts: u64) {
+        self.sent.clear();
+        let config = &self.nodes[0].config;
+        for _ in 0..timeouts * config.election_timeout_ns / config.tick_ns() {
+            self.nodes.iter_mut().for_each(Node::tick);
+            self.exchange();
+        }
+    }
+
+    fn leader(&self) -> usize {
+        let leads = |n: &Node| n.copyset.role() == Role::Leader && !self.cut.contains(&n.copyset.peer());
+        self.nodes.iter().position(leads).expect("a leader")
+    }
+
+    fn all_idle(&self) -> bool {
+        self.nodes.iter().all(|n| n.copyset.is_idle())
+    }
+
+    fn fell_asleep(seed: u64) -> Self {
+        let mut group = Self::new(seed);
+        group.pass(10);
+        assert!(group.all_idle());
+        group
+    }
+}
+
+#[test]
+fn unused_copysets_beat_rarely_and_stay_led() {
+    let mut group = Group::fell_asleep(1);
+    let (leader, term) = (group.leader(), group.nodes[0].copyset.term());
+    group.pass(200);
+    assert!(group.all_idle() && group.leader() == leader && group.nodes[0].copyset.term() == term);
+    let beats = group.sent[&MessageType::MsgHeartbeat];
+    assert!((2 * 120..=2 * 130).contains(&beats), "{beats} beats to two followers; 2 * 1000 if they were in use");
+    assert_eq!(group.sent.len(), 2, "beats and answers, nothing else: {:?}", group.sent);
+}
+
+#[test]
+fn one_follower_that_does_not_slow_down_keeps_all_awake() {
+    let mut group = Group::new(2);
+    group.pass(2);
+    let leader = group.leader();
+    let away = (leader + 1) % 3;
+    group.cut = vec![away as u64 + 1];
+    group.pass(20);
+    assert!(!group.nodes[leader].copyset.is_idle());
+    group.cut.clear();
+    group.pass(10);
+    assert!(group.all_idle());
+}
+
+#[test]
+fn use_ends_it() {
+    let mut group = Group::fell_asleep(3);
+    let leader = group.leader();
+    assert!(!group.nodes[leader].may_read(), "no lease between two rare beats");
+    let now = group.nodes[leader].now;
+    group.nodes[leader].copyset.wanted(now);
+    group.nodes[leader].copyset.read_index(now, 77).unwrap();
+    group.exchange();
+    assert_eq!(group.nodes[leader].reads.get(&77), Some(&true), "answered without waiting for a beat");
+    assert!(group.nodes[leader].may_read() && !group.nodes.iter().any(|n| n.copyset.is_idle()));
+    group.pass(1);
+    assert!(group.nodes[leader].may_read() && !group.all_idle(), "for a while");
+    group.pass(10);
+    assert!(group.all_idle());
+    group.nodes[leader].propose(5, 1).unwrap();
+    group.exchange();
+    assert!(group.nodes.iter().all(|n| !n.copyset.is_idle() && n.answered.len() + n.applied.len() > 0));
+}
+
+#[test]
+fn a_client_at_a_follower_wakes_the_leader_if_there_is_one() {
+    let mut group = Group::fell_asleep(4);
+    let (leader, term) = (group.leader(), group.nodes[0].copyset.term());
+    let asked = (leader + 1) % 3;
+    let now = group.nodes[asked].now;
+    group.nodes[asked].copyset.wanted(now);
+    group.exchange();
+    assert!(!group.nodes[leader].copyset.is_idle());
+    group.pass(4);
+    assert_eq!((group.leader(), group.nodes[asked].copyset.term()), (leader, term), "nobody is deposed");
+
+    group.pass(10);
+    assert!(group.all_idle());
+    group.cut = vec![leader as u64 + 1];
+    let now = group.nodes[asked].now;
+    group.nodes[asked].copyset.wanted(now);
+    group.pass(3);
+    assert_ne!(group.leader(), leader, "T after somebody wanted it, not 8 T");
+}
+
+#[test]
+fn a_leader_that_dies_unnoticed_is_replaced_later_and_one_whose_connection_breaks_at_once() {
+    for (noticed, within) in [(true, 3), (false, 8 * 3)] {
+        let mut group = Group::fell_asleep(5);
+        let leader = group.leader();
+        group.cut = vec![leader as u64 + 1];
+        if noticed {
+            (0..3).filter(|at| *at != leader).for_each(|at| group.nodes[at].copyset.unreachable(leader as u64 + 1));
+        }
+        group.pass(within);
+        assert_ne!(group.leader(), leader);
+    }
+}
+
+#[test]
+fn a_broken_connection_deposes_nobody() {
+    let mut group = Group::fell_asleep(6);
+    let (leader, term) = (group.leader(), group.nodes[0].copyset.term());
+    for other in (0..3).filter(|at| *at != leader) {
+        // Only one side notices.
+        group.nodes[other].copyset.unreachable(leader as u64 + 1);
+        group.pass(20);
+        assert_eq!((group.leader(), group.nodes[other].copyset.term()), (leader, term));
+    }
+    // The word that it is awake is lost, and its pre-votes are heard by the others, who are asleep.
+    let lost = (leader + 1) % 3;
+    group.nodes[lost].copyset.unreachable(leader as u64 + 1);
+    group.nodes[lost].settle();
+    group.nodes[lost].outgoing.clear();
+    group.pass(20);
+    assert_eq!((group.leader(), group.nodes[lost].copyset.term()), (leader, term));
 }

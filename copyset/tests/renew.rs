@@ -55,7 +55,7 @@ fn survivor(seed: u64, stop: impl Fn(&Node) -> bool) -> Net {
 }
 
 fn tail(node: &Node) -> u64 {
-    node.copyset.durable_index() - node.copyset.commit_index()
+    node.copyset.durable_index().saturating_sub(node.copyset.commit_index())
 }
 
 /// A membership change that is durable and, as far as this node knows, not committed.

@@ -6,12 +6,12 @@
 //! callbacks submit. The socket never blocks: what it does not take is sent by this thread when it does.
 //!
 //! While callbacks run the driver lies in a thread-local place. A callback that waits for another call of the client
-//! would wait for ever for its own thread; [`hand_over`] gives the driver to a new thread instead, and this one ends when
-//! its callbacks are done.
+//! would wait for ever for its own thread; [`hand_over`] gives the driver to a new thread instead, with the completions
+//! that wait behind this callback (it may wait for one of them), and this thread ends when its callback is done.
 
 use std::{
     cell::RefCell,
-    collections::BTreeMap,
+    collections::{BTreeMap, VecDeque},
     os::fd::OwnedFd,
     panic::{AssertUnwindSafe, catch_unwind},
     sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError},
@@ -99,7 +99,7 @@ impl Shared {
             socket: None,
             inbox: Inbox::new(),
             next_heartbeat: Instant::now(),
-            finished: Vec::new(),
+            finished: VecDeque::new(),
             news: News::default(),
         });
         thread::Builder::new().name("nebd-client".into()).spawn(move || run(driver))?;
@@ -137,8 +137,8 @@ impl Shared {
         locked(&self.state).exchange.stats
     }
 
-    /// Ends the thread; what is open fails. Returns when every callback was called (those behind one that waits for a
-    /// call of its own, and so runs on another thread, may still be called); from a callback it returns at once.
+    /// Ends the thread; what is open fails. Returns when every callback was called (one that waits for a call of its own
+    /// may still run, on a thread of its own); from a callback it returns at once.
     pub(crate) fn stop(&self) {
         locked(&self.state).stopping = true;
         self.wake();
@@ -235,7 +235,8 @@ struct Driver {
     socket: Option<Arc<OwnedFd>>,
     inbox: Inbox,
     next_heartbeat: Instant,
-    finished: Vec<Finished>,
+    /// To be delivered, in order. A callback may be handed over in the middle of them.
+    finished: VecDeque<Finished>,
     news: News,
 }
 
@@ -267,13 +268,12 @@ impl News {
 
 /// Turns until the client is stopped or the driver was handed over.
 fn run(mut driver: Box<Driver>) {
-    let mut batch = Vec::new();
     loop {
-        let goes_on = driver.turn();
-        if !driver.finished.is_empty() {
-            std::mem::swap(&mut batch, &mut driver.finished);
+        // What another thread left goes first.
+        let goes_on = !driver.finished.is_empty() || driver.turn();
+        while let Some(finished) = driver.finished.pop_front() {
             HERE.set(Some(driver));
-            batch.drain(..).for_each(deliver);
+            deliver(finished);
             match HERE.take() {
                 Some(back) => driver = back,
                 None => return,

@@ -342,18 +342,19 @@ impl Exchange {
         self.stopped = true;
         self.link = Link::Down;
         self.outgoing.clear();
+        // First, so that nothing looks for each of its requests in them.
+        self.parked.clear();
+        self.timers.clear();
         let mut open: Vec<(u64, usize)> = self.entries.iter().map(|(key, entry)| (entry.serial, key)).collect();
         open.sort_unstable();
         for (_, key) in open {
             self.finish(key, Err(Error::Stopped));
         }
-        self.parked.clear();
-        self.timers.clear();
     }
 
     /// Takes the requests that are over.
-    pub(crate) fn take_finished(&mut self, into: &mut Vec<Finished>) {
-        into.append(&mut self.finished);
+    pub(crate) fn take_finished(&mut self, into: &mut VecDeque<Finished>) {
+        into.extend(self.finished.drain(..));
     }
 
     fn find(&mut self, correlation_id: i64) -> Result<Option<(usize, &mut Entry)>, TooEarly> {

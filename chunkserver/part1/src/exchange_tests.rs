@@ -81,7 +81,7 @@ impl Bed {
 
     /// Outcomes since the last call.
     fn over(&mut self) -> Vec<(u32, Outcome)> {
-        let mut finished = Vec::new();
+        let mut finished = VecDeque::new();
         self.exchange.take_finished(&mut finished);
         finished.into_iter().for_each(Finished::deliver);
         std::mem::take(&mut self.outcomes.lock().unwrap())

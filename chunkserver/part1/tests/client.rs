@@ -243,6 +243,19 @@ fn callbacks_submit_and_wait_for_calls() {
 }
 
 #[test]
+fn a_callback_waits_for_a_completion_that_came_with_its_own() {
+    let fake = Fake::start(|_, _| Act::Mute);
+    let client = client(&fake);
+    let (sender, receiver) = mpsc::channel();
+    let (give, second) = mpsc::channel();
+    client.submit(NebdFd(1), Io::Flush, move |_| sender.send(block_on(second.recv().unwrap())).unwrap());
+    give.send(client.flush(NebdFd(1))).unwrap();
+    // Both end at once, in this order.
+    client.shutdown();
+    assert_eq!(receiver.recv_timeout(Duration::from_secs(20)), Ok(Err(Error::Stopped)));
+}
+
+#[test]
 fn io_survives_a_server_that_dies_and_comes_back() {
     let mut fake = Fake::start(|count, _| match count % 50 {
         20 => Act::Close { executed: false },

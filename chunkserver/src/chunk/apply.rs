@@ -93,14 +93,10 @@ impl Store {
             ApplyOp::Delete => Change::Delete,
         };
         self.admission.settle(key, change, &mut self.slots);
-        if self.gone.get(&key).is_some_and(|&deleted| index <= deleted) {
+        if self.is_over(copyset, chunk, index) {
             return Ok(());
         }
         let slot = self.index.get(&key).copied();
-        // Replay of a former life of this chunk: its Delete is in the log too, and behind it the creation of this one.
-        if slot.and_then(|slot| self.chunks.get(&slot)).is_some_and(|c| c.meta.created_index > index) {
-            return Ok(());
-        }
         self.changed_at = now;
         // A metapage written now would hide that the one before it is lost; only a Delete ends this.
         let suspect = slot.and_then(|slot| self.chunks.get(&slot)).is_some_and(|chunk| chunk.suspect);
@@ -138,6 +134,21 @@ impl Store {
                 Ok(())
             }
         }
+    }
+
+    /// The payload of the committed write at `index` is lost: its chunk is in doubt, unless nothing of the write is left
+    /// there. False: there is no slot for it.
+    pub fn apply_lost(&mut self, copyset: CopysetId, index: u64, chunk: u64, sn: u64, now: u64) -> bool {
+        self.admission.settle((copyset, chunk), Change::Write(sn), &mut self.slots);
+        self.is_over(copyset, chunk, index) || self.doubt(copyset, index, chunk, now)
+    }
+
+    /// The entry at `index` is of a life of the chunk that has ended: its deletion is known, or the creation of a later
+    /// one, which has the Delete before it.
+    #[must_use]
+    pub fn is_over(&self, copyset: CopysetId, chunk: u64, index: u64) -> bool {
+        let gone = self.gone.get(&(copyset, chunk)).is_some_and(|&deleted| index <= deleted);
+        gone || self.find(copyset, chunk).is_some_and(|(_, found)| found.meta.created_index > index)
     }
 
     pub(super) fn create(&mut self, copyset: CopysetId, index: u64, chunk: u64) -> Result<u32, ApplyError> {
@@ -200,6 +211,7 @@ impl Store {
         // While loading, the slot of another life of the same chunk may be the one indexed.
         if self.index.get(&key) == Some(&slot) {
             self.index.remove(&key);
+            self.doubts.remove(&key);
         }
         if let Some(state) = self.copysets.get_mut(&chunk.meta.copyset) {
             state.chunks -= 1;

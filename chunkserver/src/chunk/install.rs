@@ -111,6 +111,7 @@ impl Store {
         let Some(found) = self.chunks.get_mut(&slot) else { return };
         (found.meta.applied_index, found.suspect) = (info.applied, false);
         (found.meta.sn, found.meta.corrected_sn) = (info.sn, info.corrected_sn);
+        self.doubts.remove(&(copyset, info.chunk));
         self.dirty.insert(slot);
         self.dirty_since.get_or_insert(now);
     }

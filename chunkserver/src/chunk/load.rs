@@ -435,6 +435,9 @@ fn index_chunk(
         None => {}
     }
     store.index.insert(key, slot);
+    if store.chunks.get(&slot).is_some_and(|chunk| chunk.suspect) {
+        store.doubts.insert(key);
+    }
 }
 
 fn forget_if_empty(store: &mut Store, copyset: CopysetId) {

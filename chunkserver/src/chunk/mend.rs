@@ -17,10 +17,7 @@ impl Store {
     /// Chunks of a copyset that are in doubt.
     #[must_use]
     pub fn doubts(&self, copyset: CopysetId) -> Vec<u64> {
-        let own = self.chunks.values().filter(|c| c.suspect && c.meta.copyset == copyset);
-        let mut chunks: Vec<u64> = own.map(|c| c.meta.chunk).collect();
-        chunks.sort_unstable();
-        chunks
+        self.doubts.range((copyset, 0)..=(copyset, u64::MAX)).map(|key| key.1).collect()
     }
 
     /// Nothing of this chunk can be trusted from now on; it is created at `index` if it is not there. False: there is no
@@ -35,10 +32,21 @@ impl Store {
         };
         if let Some(found) = self.chunks.get_mut(&slot) {
             (found.suspect, found.meta.applied_index) = (true, DOUBT);
+            self.doubts.insert((copyset, chunk));
         }
         self.dirty.insert(slot);
         self.dirty_since.get_or_insert(now);
         true
+    }
+
+    /// Another replica has no such chunk as of `index`, which is not below what is applied here: a chunk in doubt is gone,
+    /// and what entries up to there do to it is over.
+    pub fn doubt_gone(&mut self, copyset: CopysetId, index: u64, chunk: u64, now: u64) {
+        let found = self.find(copyset, chunk).filter(|(_, chunk)| chunk.suspect);
+        let Some(slot) = found.map(|(slot, _)| slot) else { return };
+        self.bury(slot, Some(index));
+        self.gone.insert((copyset, chunk), index);
+        self.dirty_since.get_or_insert(now);
     }
 
     /// Take over those blocks of another replica's piece that are what the own table wants; how many those are. A block

@@ -106,8 +106,10 @@ pub struct Store {
     pub(super) changed_at: u64,
     /// Slots whose chunk has only one metapage of its life: a round that happens anyway writes the other one.
     pub(super) singles: BTreeSet<u32>,
+    /// Chunks in doubt: those whose `suspect` is set.
+    pub(super) doubts: BTreeSet<(CopysetId, u64)>,
     pub(super) graves: Vec<Grave>,
-    /// While replaying: chunks whose deletion up to this index is on the disk already.
+    /// Chunks whose deletion up to this index is on the disk already (while replaying), or is known from another replica.
     pub(super) gone: FxHashMap<(CopysetId, u64), u64>,
     pub(super) round: Option<Round>,
     pub(super) counters: Counters,
@@ -129,6 +131,7 @@ impl Store {
             dirty_since: None,
             changed_at: 0,
             singles: BTreeSet::new(),
+            doubts: BTreeSet::new(),
             graves: Vec::new(),
             gone: FxHashMap::default(),
             round: None,
@@ -164,6 +167,7 @@ impl Store {
                 grave.waits = false;
             }
         }
+        self.gone.retain(|key, _| key.0 != copyset);
         self.copysets.remove(&copyset);
         self.release_graves();
     }
@@ -322,11 +326,10 @@ impl Store {
         own.flat_map(|c| c.overlay.iter().filter(|(_, d)| !d.captured).map(|(_, d)| d.oldest)).min()
     }
 
-    /// Chunks whose newest metapage is rotten: the copy that is left may be an old one, so they answer `CrcFail` until
-    /// they are deleted.
+    /// Chunks in doubt: they answer `CrcFail` until they are deleted or taken from another replica.
     #[must_use]
     pub fn suspect_chunks(&self) -> u64 {
-        self.chunks.values().filter(|c| c.suspect).count() as u64
+        self.doubts.len() as u64
     }
 
     /// Counters.

@@ -98,6 +98,33 @@ fn lock(file: &File, path: &Path, wait: Duration) -> Result<(), DiskError> {
     }
 }
 
+fn locked(path: &Path, error: std::io::Error) -> DiskError {
+    match error.kind() {
+        std::io::ErrorKind::WouldBlock => DiskError::Locked(path.to_owned()),
+        _ => io(path, "lock")(error),
+    }
+}
+
+/// Make our share of a lock the only one, waiting at most `wait` for the others to go. The kernel gives a share up when it
+/// cannot make it exclusive, so it is taken again each time: who fails here has it still.
+///
+/// # Errors
+/// The system's: `WouldBlock` when the others did not go in time, or somebody else has it alone.
+pub fn claim(file: &File, wait: Duration) -> std::io::Result<()> {
+    use rustix::fs::{FlockOperation, flock};
+    let until = Instant::now() + wait;
+    loop {
+        match flock(file, FlockOperation::NonBlockingLockExclusive) {
+            Err(rustix::io::Errno::WOULDBLOCK) => flock(file, FlockOperation::NonBlockingLockShared)?,
+            other => return Ok(other?),
+        }
+        if Instant::now() >= until {
+            return Err(std::io::ErrorKind::WouldBlock.into());
+        }
+        std::thread::sleep(Duration::from_millis(2));
+    }
+}
+
 /// Bytes of a file or block device.
 fn size_of(mut file: &File) -> std::io::Result<u64> {
     use std::io::{Seek, SeekFrom};
@@ -185,30 +212,15 @@ impl Disk {
     /// # Errors
     /// [`DiskError::Locked`] when it has not.
     pub fn join(&self, path: &Path) -> Result<(), DiskError> {
-        self.share().map_err(|error| match error.kind() {
-            std::io::ErrorKind::WouldBlock => DiskError::Locked(path.to_owned()),
-            _ => io(path, "lock")(error),
-        })
+        self.share().map_err(|error| locked(path, error))
     }
 
-    /// Be alone again: the other process is gone, and with it all of its writes, for they hold its lock. The kernel gives
-    /// the share up when it cannot make it exclusive, so it is taken again before the next attempt.
+    /// Be alone again: the other process is gone, and with it all of its writes, for they hold its lock.
     ///
     /// # Errors
     /// [`DiskError::Locked`] when that does not happen in time, or a third process got in between.
     pub fn claim(&self, path: &Path, wait: Duration) -> Result<(), DiskError> {
-        let until = Instant::now() + wait;
-        loop {
-            match rustix::fs::flock(&self.file, rustix::fs::FlockOperation::NonBlockingLockExclusive) {
-                Ok(()) => return Ok(()),
-                Err(rustix::io::Errno::WOULDBLOCK) => self.join(path)?,
-                Err(e) => return Err(io(path, "lock")(e.into())),
-            }
-            if Instant::now() >= until {
-                return Err(DiskError::Locked(path.to_owned()));
-            }
-            std::thread::sleep(Duration::from_millis(2));
-        }
+        claim(&self.file, wait).map_err(|error| locked(path, error))
     }
 
     /// Give our share of the lock away: the other process has its own.
@@ -216,13 +228,14 @@ impl Disk {
         let _ = rustix::fs::flock(&self.file, rustix::fs::FlockOperation::Unlock);
     }
 
-    /// Open without the lock, read-only; says whether a server has it.
+    /// Open without the lock, read-only; says whether a server has it. Who looks on hinders nobody who wants it.
     ///
     /// # Errors
     /// [`DiskError`].
     pub fn inspect(path: &Path) -> Result<(Self, bool), DiskError> {
         let file = direct(path, false, false)?;
         let free = rustix::fs::flock(file.as_fd(), rustix::fs::FlockOperation::NonBlockingLockShared).is_ok();
+        let _ = rustix::fs::flock(file.as_fd(), rustix::fs::FlockOperation::Unlock);
         let layout = read_layout(&file, path)?;
         Ok((Self { file, layout }, !free))
     }
@@ -334,4 +347,63 @@ fn uuid() -> [u8; 16] {
     let mut bytes = [0; 16];
     let _ = rustix::rand::getrandom(&mut bytes, rustix::rand::GetRandomFlags::empty());
     bytes
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const PATIENCE: Duration = Duration::from_secs(60);
+
+    fn disk() -> (tempfile::TempDir, PathBuf) {
+        let program = std::env::current_exe().unwrap(); // what is beside it is not in memory only
+        let folder = tempfile::tempdir_in(program.parent().unwrap()).unwrap();
+        let path = folder.path().join("disk");
+        let what = Format {
+            path: path.clone(),
+            size: Some(64 << 20),
+            shards: 1,
+            chunk_size: 1 << 20,
+            log_size: Some(8 << 20),
+            sparse: true,
+            force: false,
+        };
+        format(&what, |_, _| {}).unwrap();
+        (folder, path)
+    }
+
+    #[test]
+    fn a_share_that_cannot_be_made_the_only_one_is_kept() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("lock");
+        let open = || OpenOptions::new().create(true).truncate(false).write(true).open(&path).unwrap();
+        let share = |file: &File| rustix::fs::flock(file, rustix::fs::FlockOperation::NonBlockingLockShared);
+        let alone = |file: &File| rustix::fs::flock(file, rustix::fs::FlockOperation::NonBlockingLockExclusive);
+        let (ours, other, third) = (open(), open(), open());
+        share(&ours).unwrap();
+        share(&other).unwrap();
+        let failed = claim(&ours, Duration::from_millis(5)).unwrap_err();
+        assert_eq!(failed.kind(), std::io::ErrorKind::WouldBlock);
+        drop(other);
+        assert!(alone(&third).is_err(), "ours is there still");
+        claim(&ours, PATIENCE).unwrap();
+        assert!(share(&third).is_err());
+        drop(ours);
+        alone(&third).unwrap();
+        let late = open();
+        assert_eq!(claim(&late, PATIENCE).unwrap_err().kind(), std::io::ErrorKind::WouldBlock, "nothing to wait for");
+    }
+
+    #[test]
+    fn who_looks_at_a_disk_hinders_nobody() {
+        let (_folder, path) = disk();
+        let (looking, serving) = Disk::inspect(&path).unwrap();
+        assert!(!serving);
+        let disk = Disk::open(&path, Duration::ZERO).unwrap();
+        assert!(Disk::inspect(&path).unwrap().1);
+        disk.share().unwrap();
+        let (again, _) = Disk::inspect(&path).unwrap();
+        disk.claim(&path, Duration::ZERO).unwrap();
+        drop((looking, again));
+    }
 }

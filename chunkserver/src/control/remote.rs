@@ -6,6 +6,7 @@
 use bytes::BytesMut;
 use copyset::PeerId;
 use prost::Message;
+use proto::Checked;
 use proto::chunkserver as wire;
 use proto::code::CopysetOpStatus;
 use proto::common::Peer;
@@ -16,9 +17,11 @@ use std::io::{Read, Write};
 use std::net::{SocketAddr, SocketAddrV4, TcpStream};
 use std::time::Duration;
 
-/// A change of members may have to wait for data to be copied, seconds.
-const PATIENCE_S: u64 = 3600;
-const CONNECT_S: u64 = 5;
+/// A change of members may have to wait for data to be copied, a snapshot for a write-back.
+const WORK: Duration = Duration::from_secs(3600);
+/// All else is answered from memory, or by deleting files.
+const ANSWER: Duration = Duration::from_secs(30);
+const CONNECT: Duration = Duration::from_secs(5);
 /// Leaders asked one after the other.
 const LEADERS_MAX: u32 = 3;
 
@@ -51,16 +54,18 @@ pub enum RemoteError {
     Status(SocketAddr, String),
 }
 
-/// Ask one node.
-fn call<A: Message + Default>(
+/// Ask one node, which may take so long.
+fn call<A: Checked>(
     to: SocketAddr,
+    patience: Duration,
     service: &str,
     method: &str,
     ask: &impl Message,
 ) -> Result<A, RemoteError> {
     let socket = |e| RemoteError::Socket(to, e);
-    let mut stream = TcpStream::connect_timeout(&to, Duration::from_secs(CONNECT_S)).map_err(socket)?;
-    stream.set_read_timeout(Some(Duration::from_secs(PATIENCE_S))).map_err(socket)?;
+    let mut stream = TcpStream::connect_timeout(&to, CONNECT).map_err(socket)?;
+    stream.set_read_timeout(Some(patience)).map_err(socket)?;
+    stream.set_write_timeout(Some(ANSWER)).map_err(socket)?;
     let mut out = BytesMut::new();
     put_request(&mut out, &RequestHead { service, method, log_id: None, correlation_id: 1 }, ask, 0);
     stream.write_all(&out).map_err(socket)?;
@@ -77,7 +82,7 @@ fn call<A: Message + Default>(
                 let text = head.meta.response.as_ref().map(|r| String::from_utf8_lossy(&r.error_text).into_owned());
                 return Err(RemoteError::Refused { code: head.meta.error_code(), text: text.unwrap_or_default() });
             }
-            Step::Head(head) => return A::decode(head.body).map_err(|_| RemoteError::Answer(to)),
+            Step::Head(head) => return proto::decode(head.body).map_err(|_| RemoteError::Answer(to)),
             Step::Reject(_) | Step::Http(_) => return Err(RemoteError::Answer(to)),
         }
     }
@@ -89,6 +94,11 @@ fn address(peer: PeerId) -> SocketAddr {
 
 fn named(peer: PeerId) -> Peer {
     Peer { id: None, address: Some(peer.to_string()) }
+}
+
+/// The status, which the schema does not demand: without one it would read as success.
+fn said(at: SocketAddr, answer: &wire::CopysetResponse) -> Result<CopysetOpStatus, RemoteError> {
+    answer.status.map(|_| answer.status()).ok_or(RemoteError::Answer(at))
 }
 
 fn names(peers: &[Peer]) -> Vec<&str> {
@@ -109,9 +119,10 @@ fn create_on(on: &[PeerId], members: &[PeerId], pool: u32, first: u32, count: u3
     for &peer in on {
         for &copyset_id in &ids {
             let ask = wire::CopysetRequest { logic_pool_id: pool, copyset_id, peerid: peerid.clone() };
-            let answer: wire::CopysetResponse = call(address(peer), COPYSET, "CreateCopysetNode", &ask)?;
-            if !matches!(answer.status(), CopysetOpStatus::Success | CopysetOpStatus::Exist) {
-                return Err(RemoteError::Status(address(peer), format!("{pool}:{copyset_id}: {:?}", answer.status())));
+            let answer: wire::CopysetResponse = call(address(peer), ANSWER, COPYSET, "CreateCopysetNode", &ask)?;
+            let status = said(address(peer), &answer)?;
+            if !matches!(status, CopysetOpStatus::Success | CopysetOpStatus::Exist) {
+                return Err(RemoteError::Status(address(peer), format!("{pool}:{copyset_id}: {status:?}")));
             }
         }
     }
@@ -133,8 +144,8 @@ pub fn create_empty(on: &[PeerId], pool: u32, first: u32, count: u32) -> Result<
 pub fn delete(at: SocketAddr, id: CopysetId) -> Result<Value, RemoteError> {
     let (logic_pool_id, copyset_id) = (id.pool(), id.copyset());
     let ask = wire::CopysetRequest { logic_pool_id, copyset_id, peerid: Vec::new() };
-    let answer: wire::CopysetResponse = call(at, REPLICA, "Delete", &ask)?;
-    match answer.status() {
+    let answer: wire::CopysetResponse = call(at, ANSWER, REPLICA, "Delete", &ask)?;
+    match said(at, &answer)? {
         CopysetOpStatus::Success => Ok(json!({ "deleted": [logic_pool_id, copyset_id], "node": at.to_string() })),
         status => Err(RemoteError::Status(at, format!("{logic_pool_id}:{copyset_id}: {status:?}"))),
     }
@@ -149,7 +160,7 @@ pub fn status(at: SocketAddr, id: CopysetId) -> Result<Value, RemoteError> {
     let peer = Peer { id: None, address: Some(format!("{at}:0")) };
     let ask =
         wire::CopysetStatusRequest { logic_pool_id, copyset_id, peer, query_hash: false, want_members: Some(true) };
-    let answer: wire::CopysetStatusResponse = call(at, COPYSET, "GetCopysetStatus", &ask)?;
+    let answer: wire::CopysetStatusResponse = call(at, ANSWER, COPYSET, "GetCopysetStatus", &ask)?;
     if answer.status() != CopysetOpStatus::Success {
         return Err(RemoteError::Status(at, format!("{logic_pool_id}:{copyset_id}: {:?}", answer.status())));
     }
@@ -204,7 +215,7 @@ pub fn change(at: SocketAddr, id: CopysetId, change: &Change) -> Result<Value, R
 /// Who leads.
 fn leader(at: SocketAddr, id: CopysetId) -> Result<PeerId, RemoteError> {
     let ask = wire::GetLeaderRequest2 { logic_pool_id: id.pool(), copyset_id: id.copyset(), ..Default::default() };
-    let answer: wire::GetLeaderResponse2 = call(at, CLI, "GetLeader", &ask)?;
+    let answer: wire::GetLeaderResponse2 = call(at, ANSWER, CLI, "GetLeader", &ask)?;
     answer.leader.address().parse().map_err(|_| RemoteError::Answer(at))
 }
 
@@ -214,23 +225,23 @@ fn change_at(leader: PeerId, id: CopysetId, change: &Change) -> Result<Value, Re
     let (old, new) = match change {
         Change::Add(peer) => {
             let ask = wire::AddPeerRequest2 { logic_pool_id, copyset_id, leader, add_peer: named(*peer) };
-            let answer: wire::AddPeerResponse2 = call(at, CLI, "AddPeer", &ask)?;
+            let answer: wire::AddPeerResponse2 = call(at, WORK, CLI, "AddPeer", &ask)?;
             (answer.old_peers, answer.new_peers)
         }
         Change::Remove(peer) => {
             let ask = wire::RemovePeerRequest2 { logic_pool_id, copyset_id, leader, remove_peer: named(*peer) };
-            let answer: wire::RemovePeerResponse2 = call(at, CLI, "RemovePeer", &ask)?;
+            let answer: wire::RemovePeerResponse2 = call(at, WORK, CLI, "RemovePeer", &ask)?;
             (answer.old_peers, answer.new_peers)
         }
         Change::Set(peers) => {
             let new_peers = peers.iter().map(|peer| named(*peer)).collect();
             let ask = wire::ChangePeersRequest2 { logic_pool_id, copyset_id, leader, new_peers };
-            let answer: wire::ChangePeersResponse2 = call(at, CLI, "ChangePeers", &ask)?;
+            let answer: wire::ChangePeersResponse2 = call(at, WORK, CLI, "ChangePeers", &ask)?;
             (answer.old_peers, answer.new_peers)
         }
         Change::Transfer(to) => {
             let ask = wire::TransferLeaderRequest2 { logic_pool_id, copyset_id, leader, transferee: named(*to) };
-            let _: wire::TransferLeaderResponse2 = call(at, CLI, "TransferLeader", &ask)?;
+            let _: wire::TransferLeaderResponse2 = call(at, ANSWER, CLI, "TransferLeader", &ask)?;
             return Ok(json!({ "transfer": to.to_string() }));
         }
     };
@@ -247,7 +258,7 @@ pub fn reset(at: SocketAddr, id: CopysetId, peers: &[PeerId]) -> Result<Value, R
     let new_peers: Vec<Peer> = peers.iter().map(|peer| named(*peer)).collect();
     let members = json!(names(&new_peers));
     let ask = wire::ResetPeerRequest2 { logic_pool_id, copyset_id, request_peer, old_peers: Vec::new(), new_peers };
-    let _: wire::ResetPeerResponse2 = call(at, CLI, "ResetPeer", &ask)?;
+    let _: wire::ResetPeerResponse2 = call(at, WORK, CLI, "ResetPeer", &ask)?;
     Ok(json!({ "reset": [logic_pool_id, copyset_id], "node": at.to_string(), "peers": members }))
 }
 
@@ -259,6 +270,45 @@ pub fn snapshot(at: SocketAddr, id: CopysetId) -> Result<Value, RemoteError> {
     let (logic_pool_id, copyset_id) = (id.pool(), id.copyset());
     let peer = Some(Peer { id: None, address: Some(format!("{at}:0")) });
     let ask = wire::SnapshotRequest2 { logic_pool_id, copyset_id, peer };
-    let _: wire::SnapshotResponse2 = call(at, CLI, "Snapshot", &ask)?;
+    let _: wire::SnapshotResponse2 = call(at, WORK, CLI, "Snapshot", &ask)?;
     Ok(json!({ "snapshot": [logic_pool_id, copyset_id] }))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::net::TcpListener;
+
+    /// A node that says this to the first call.
+    fn node(says: &'static [u8]) -> SocketAddr {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let at = listener.local_addr().unwrap();
+        std::thread::spawn(move || {
+            let (mut stream, _) = listener.accept().unwrap();
+            let _ = stream.read(&mut [0; 4096]).unwrap();
+            let mut out = BytesMut::new();
+            proto::frame::put_response_bytes(&mut out, 1, says);
+            stream.write_all(&out).unwrap();
+        });
+        at
+    }
+
+    #[test]
+    fn an_answer_without_what_it_must_say_is_none() {
+        let id = CopysetId(1 << 32 | 7);
+        assert!(delete(node(&[8, 0]), id).is_ok());
+        for says in [&[][..], &[0xff; 3]] {
+            assert!(matches!(delete(node(says), id), Err(RemoteError::Answer(_))));
+            assert!(matches!(status(node(says), id), Err(RemoteError::Answer(_))));
+            assert!(matches!(leader(node(says), id), Err(RemoteError::Answer(_))));
+        }
+    }
+
+    #[test]
+    fn nobody_is_waited_for_longer_than_it_may_take() {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let (at, patience) = (listener.local_addr().unwrap(), Duration::from_millis(50));
+        let answer = call::<wire::CopysetResponse>(at, patience, REPLICA, "Delete", &wire::CopysetRequest::default());
+        assert!(matches!(answer, Err(RemoteError::Socket(..))));
+    }
 }

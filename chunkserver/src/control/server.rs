@@ -49,8 +49,10 @@ pub struct Upgraded {
     /// What happened; or why nothing did.
     pub result: Result<Value, String>,
     /// Dropped when whoever asked has been told: before that the process must not end.
-    pub told: std::sync::mpsc::Sender<()>,
+    pub told: Told,
 }
+
+type Told = std::sync::mpsc::Sender<()>;
 
 /// Passes an order on; false when nobody takes it.
 pub type SetUpgrade = Box<dyn Fn(Upgrade) -> bool + Send>;
@@ -91,8 +93,6 @@ struct Server {
     about: Value,
     set_log: SetLog,
     upgrade: SetUpgrade,
-    /// Of an upgrade whose outcome is being told.
-    telling: RefCell<Option<std::sync::mpsc::Sender<()>>>,
 }
 
 /// Serve until the process ends. Call on a thread of its own.
@@ -114,16 +114,7 @@ pub fn run(setup: Setup) -> std::io::Result<()> {
             }
             other => other?,
         };
-        let server = Rc::new(Server {
-            shards: Shards::new(links),
-            catalog,
-            peer,
-            chunk_size,
-            about,
-            set_log,
-            upgrade,
-            telling: RefCell::new(None),
-        });
+        let server = Rc::new(Server { shards: Shards::new(links), catalog, peer, chunk_size, about, set_log, upgrade });
         let resume = Rc::clone(&server);
         tokio_uring::spawn(async move { resume.finish_deletions().await });
         loop {
@@ -145,8 +136,9 @@ pub fn run(setup: Setup) -> std::io::Result<()> {
     })
 }
 
-/// A stale socket file of a dead server is replaced: the lock on the disk says that no other server lives. The socket
-/// is tokio's: tokio-uring sets SO_REUSEPORT on Unix sockets, which kernels from 6.12 on refuse.
+/// A stale socket file of a dead server is replaced: the lock on the disk, or without one on the catalog, says that no
+/// other server lives, or the one that hands over serves no more. The socket is tokio's: tokio-uring sets SO_REUSEPORT on
+/// Unix sockets, which kernels from 6.12 on refuse.
 fn bind(path: &Path) -> std::io::Result<UnixListener> {
     match std::fs::remove_file(path) {
         Err(e) if e.kind() != std::io::ErrorKind::NotFound => return Err(e),
@@ -169,15 +161,15 @@ impl Server {
             line.extend_from_slice(buf.get(..count).unwrap_or_default());
             while let Some(end) = line.iter().position(|&b| b == b'\n') {
                 let rest = line.split_off(end + 1);
-                let answer = match serde_json::from_slice(&line) {
+                let (answer, told) = match serde_json::from_slice(&line) {
                     Ok(command) => self.answer(command).await,
-                    Err(error) => Answer::Error(format!("not a command: {error}")),
+                    Err(error) => (Answer::Error(format!("not a command: {error}")), None),
                 };
                 line = rest;
                 let mut text = serde_json::to_vec(&answer)?;
                 text.push(b'\n');
                 let written = stream.write_all(&text).await;
-                self.telling.take();
+                drop(told);
                 written?;
             }
             if line.len() > LINE_BYTES_MAX {
@@ -186,14 +178,14 @@ impl Server {
         }
     }
 
-    async fn answer(&self, command: Command) -> Answer {
-        match self.execute(command).await {
-            Ok(value) => Answer::Ok(value),
-            Err(why) => Answer::Error(why),
-        }
+    /// The answer to a command, and what is to be dropped when it has been told.
+    async fn answer(&self, command: Command) -> (Answer, Option<Told>) {
+        let mut telling = None;
+        let result = self.execute(command, &mut telling).await;
+        (result.map_or_else(Answer::Error, Answer::Ok), telling)
     }
 
-    async fn execute(&self, command: Command) -> Result<Value, String> {
+    async fn execute(&self, command: Command, telling: &mut Option<Told>) -> Result<Value, String> {
         match command {
             Command::VolumeCreate { name, size, copysets, peers, id, chunk_size, stripe_unit, stripe_count } => {
                 let (copysets, homes) = self.known_copysets(&copysets, &peers).await?;
@@ -261,7 +253,7 @@ impl Server {
                     return Err("the server is stopping".into());
                 }
                 let Upgraded { result, told } = outcome.await.map_err(|_| "the server is stopping".to_owned())?;
-                *self.telling.borrow_mut() = Some(told);
+                *telling = Some(told);
                 result
             }
             Command::LogLevel { filter } => (self.set_log)(&filter).map(|()| json!({ "log": filter })),

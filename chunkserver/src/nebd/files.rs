@@ -293,30 +293,25 @@ impl<H: Clone> Files<H> {
         all
     }
 
-    /// Begin to close what was silent for too long.
-    pub fn expire(&mut self, now: Instant, out: &mut Vec<Effect<H>>) {
+    /// Begin to close what was silent for too long; number and name of each.
+    pub fn expire(&mut self, now: Instant, out: &mut Vec<Effect<H>>) -> Vec<(NebdFd, String)> {
         let timeout_ns = self.timeout_ns;
         let silent = |f: &File<H>| matches!(f.state, State::Open(_)) && now.since_ns(f.seen) > timeout_ns;
-        let silent: Vec<NebdFd> = self.files.iter().filter(|(_, file)| silent(file)).map(|(&fd, _)| fd).collect();
-        for fd in silent {
+        let silent = self.files.iter().filter(|(_, file)| silent(file)).map(|(&fd, file)| (fd, file.name.clone()));
+        let silent: Vec<(NebdFd, String)> = silent.collect();
+        for &(fd, _) in &silent {
             if let Some(file) = self.files.get_mut(&fd) {
-                tracing::info!(fd, name = file.name, "no heartbeat: the file is closed until it is used again");
                 file.begin_close(Why::Silent);
                 self.pump(fd, now, out);
             }
         }
+        silent
     }
 
     /// Name of a file.
     #[must_use]
     pub fn name_of(&self, fd: NebdFd) -> Option<&str> {
         self.files.get(&fd).map(|file| file.name.as_str())
-    }
-
-    /// Files that are open.
-    #[must_use]
-    pub fn open_count(&self) -> usize {
-        self.files.values().filter(|f| matches!(f.state, State::Open(_))).count()
     }
 
     /// Name, requests running and counts of every file that is open.

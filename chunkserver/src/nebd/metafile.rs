@@ -2,7 +2,8 @@
 //!
 //! Promises
 //! * What a change says is on disk before the caller goes on (temporary file, sync, rename, sync of the folder), or it
-//!   is not made at all: memory follows the file.
+//!   is not made at all: memory follows the file. If nobody can say which ([`MetafileError::Unsure`]), nothing is
+//!   confirmed or changed before a restart has read the file.
 //! * A file that is not understood in every detail is refused and stays as it is.
 //! * The text is the originals' ([`text`]), in both directions, so part2 can be exchanged for theirs and back.
 
@@ -11,9 +12,10 @@ pub mod text;
 pub use text::{Attributes, Record};
 
 use crate::limits::{NEBD_FILES_MAX, NEBD_METAFILE_BYTES_MAX};
+use crate::replace::{ReplaceError, replace};
 use std::collections::BTreeMap;
 use std::fs::File;
-use std::io::{ErrorKind, Read, Write};
+use std::io::{ErrorKind, Read};
 use std::path::{Path, PathBuf};
 
 /// What is wrong with the contents of a metafile.
@@ -52,7 +54,7 @@ pub enum MetafileError {
     /// Too large, or too many records.
     #[error("metafile {0}: more than {NEBD_FILES_MAX} files or {NEBD_METAFILE_BYTES_MAX} bytes")]
     TooBig(PathBuf),
-    /// The file system's error. Nothing was changed.
+    /// The file system's error. If it came late, memory and file may differ: no more changes until a restart.
     #[error("metafile {path}: cannot {what}: {source}")]
     Io {
         /// What was tried.
@@ -62,6 +64,9 @@ pub enum MetafileError {
         /// Why not.
         source: std::io::Error,
     },
+    /// After a failed sync of the folder.
+    #[error("an earlier change of the metafile may or may not be on disk: restart before changing more")]
+    Unsure,
 }
 
 /// The records and their file.
@@ -71,6 +76,7 @@ pub struct Metafile {
     records: Vec<Record>,
     /// Places of the records, by name: all of them are looked for at start.
     places: BTreeMap<String, usize>,
+    unsure: bool,
 }
 
 impl Metafile {
@@ -101,7 +107,7 @@ impl Metafile {
     }
 
     fn of(path: &Path, records: Vec<Record>) -> Self {
-        Self { path: path.to_owned(), places: places(&records), records }
+        Self { path: path.to_owned(), places: places(&records), records, unsure: false }
     }
 
     /// What is recorded.
@@ -116,13 +122,18 @@ impl Metafile {
         self.places.get(name).and_then(|&at| self.records.get(at))
     }
 
+    /// What is in memory is what is on disk.
+    fn check(&self) -> Result<(), MetafileError> {
+        if self.unsure { Err(MetafileError::Unsure) } else { Ok(()) }
+    }
+
     /// Record a file, in place of an earlier record of its name. An equal record is not written again.
     ///
     /// # Errors
-    /// [`MetafileError`]; nothing was changed.
+    /// [`MetafileError`]; nothing was changed, but see [`MetafileError::Io`].
     pub fn put(&mut self, record: Record) -> Result<(), MetafileError> {
         if self.get(&record.name) == Some(&record) {
-            return Ok(());
+            return self.check();
         }
         let mut next = self.records.clone();
         match self.places.get(&record.name).and_then(|&at| next.get_mut(at)) {
@@ -135,10 +146,10 @@ impl Metafile {
     /// Forget a file.
     ///
     /// # Errors
-    /// [`MetafileError`]; nothing was changed.
+    /// [`MetafileError`]; nothing was changed, but see [`MetafileError::Io`].
     pub fn remove(&mut self, name: &str) -> Result<(), MetafileError> {
         if self.get(name).is_none() {
-            return Ok(());
+            return self.check();
         }
         let mut next = self.records.clone();
         next.retain(|known| known.name != name);
@@ -146,25 +157,15 @@ impl Metafile {
     }
 
     fn save(&mut self, next: Vec<Record>) -> Result<(), MetafileError> {
-        let mut temp = self.path.as_os_str().to_owned();
-        temp.push(".tmp");
-        let temp = PathBuf::from(temp);
-        let failed = |what, path: &Path| {
-            let path = path.to_owned();
-            move |source| MetafileError::Io { what, path, source }
-        };
+        self.check()?;
         let text = text::encode(&next);
         if text.len() > NEBD_METAFILE_BYTES_MAX {
             return Err(MetafileError::TooBig(self.path.clone()));
         }
-        // Truncated, unlike the originals do: no end of an older file is left behind the text.
-        let mut file = File::create(&temp).map_err(failed("create the new file", &temp))?;
-        file.write_all(text.as_bytes()).map_err(failed("write the new file", &temp))?;
-        file.sync_all().map_err(failed("sync the new file", &temp))?;
-        std::fs::rename(&temp, &self.path).map_err(failed("replace it", &self.path))?;
-        // If this fails, a crash may bring the old file back. The next change writes everything again.
-        let folder = self.path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
-        File::open(folder).and_then(|f| f.sync_all()).map_err(failed("sync its folder", &self.path))?;
+        replace(&self.path, text.as_bytes()).map_err(|ReplaceError { what, path, source, unsure }| {
+            self.unsure = unsure;
+            MetafileError::Io { what, path, source }
+        })?;
         self.places = places(&next);
         self.records = next;
         Ok(())
@@ -228,6 +229,18 @@ mod tests {
         assert!(matches!(file.put(of(3, "cbd:c")), Err(MetafileError::Io { .. })));
         assert_eq!(file.records().len(), 2);
         assert!(matches!(Metafile::open(&path), Err(MetafileError::Io { .. })), "a folder is no metafile");
+    }
+
+    #[test]
+    fn nothing_is_confirmed_that_may_not_be_on_disk() {
+        let folder = tempfile::tempdir().unwrap();
+        let mut file = Metafile::open(&folder.path().join("nebdserver.meta")).unwrap();
+        file.put(of(1, "cbd:a")).unwrap();
+        file.unsure = true; // as after a failed sync of the folder
+        for refused in [file.put(of(1, "cbd:a")), file.put(of(2, "cbd:b")), file.remove("cbd:a"), file.remove("cbd:b")]
+        {
+            assert!(matches!(refused, Err(MetafileError::Unsure)));
+        }
     }
 
     #[test]

@@ -5,7 +5,7 @@
 
 use super::executor::{Handle, OpenFlags};
 use super::files::{Closed, Effect, Files, Known, NebdFd, Task};
-use super::stat::IoKindStat;
+use super::stat::{FileStat, IoKindStat};
 use crate::io::Instant;
 use crate::limits::{NEBD_CLIENTS_MAX, NEBD_VERSION_BYTES_MAX};
 use crate::metrics::text::{Var, Vars, underscored};
@@ -271,7 +271,11 @@ impl Server {
     pub fn expire(&self, now: Instant) {
         let timeout_ns = self.options.heartbeat_timeout_ns;
         self.table().clients.retain(|_, client| now.since_ns(client.seen) <= timeout_ns);
-        self.step(None, &mut Vec::new(), |files, effects| files.expire(now, effects));
+        let mut silent = Vec::new();
+        self.step(None, &mut Vec::new(), |files, effects| silent = files.expire(now, effects));
+        for (fd, name) in silent {
+            tracing::info!(fd, name, "no heartbeat: the file is closed until it is used again");
+        }
     }
     /// Once a second: make the rates.
     pub fn tick(&self, now: Instant) {
@@ -283,21 +287,26 @@ impl Server {
     /// Variables of part2 and of the volumes it has open (nebd-behaviour §B11).
     pub fn vars(&self, version: &str, address: &str, vars: &mut Vars) {
         let labels = |version: &str| Var::Labels(vec![("version", version.to_owned())]);
+        // Shards wait for the table: what takes long is done without it.
         let table = self.table();
+        let clients: Vec<(i32, String)> = table.clients.iter().map(|(&pid, c)| (pid, c.version.clone())).collect();
+        let open: Vec<(String, u32, FileStat)> =
+            table.files.stats().map(|(name, running, stat)| (name.to_owned(), running, *stat)).collect();
+        drop(table);
         vars.set("nebd_version", labels(version));
-        vars.int("nebd_client_num", table.clients.len() as u64);
-        for (pid, client) in &table.clients {
-            vars.set(format!("nebd_client_pid_{pid}_version"), labels(&client.version));
+        vars.int("nebd_client_num", clients.len() as u64);
+        for (pid, version) in &clients {
+            vars.set(format!("nebd_client_pid_{pid}_version"), labels(version));
         }
-        vars.int(underscored(&format!("open_file_num_{address}")), table.files.open_count() as u64);
+        vars.int(underscored(&format!("open_file_num_{address}")), open.len() as u64);
         // One volume may be open under several names.
         let mut sums = BTreeMap::<String, u64>::new();
-        for (name, running, stat) in table.files.stats() {
+        for (name, running, stat) in &open {
             let mut add = |of: String, value: u64| {
                 let sum = sums.entry(underscored(&format!("curve_client_{}_{of}", shown(name)))).or_default();
                 *sum = if of.ends_with("lat_latency") { value.max(*sum) } else { sum.saturating_add(value) };
             };
-            add("inflight_rpc_num".into(), u64::from(running));
+            add("inflight_rpc_num".into(), u64::from(*running));
             for (kind, stat) in stat.kinds() {
                 for (of, value) in [
                     ("qps", stat.rate.done),
@@ -313,7 +322,6 @@ impl Server {
                 }
             }
         }
-        drop(table);
         sums.into_iter().for_each(|(name, value)| vars.int(name, value));
     }
 }

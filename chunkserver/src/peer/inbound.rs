@@ -7,6 +7,7 @@
 //!   the frame holds is delivered. Anything else that is wrong ends the connection, before any of the frame is used.
 
 use super::convert::{crcs_match, from_wire};
+use crate::io::Instant;
 use crate::io::buffer::{Arena, PoolBuf};
 use crate::limits::PEER_HEAD_BYTES_MAX;
 use crate::rpc::Attachment;
@@ -21,6 +22,8 @@ use std::sync::Arc;
 
 /// Answers to pings that a peer does not read; above it, it is not read either.
 const ANSWERS_MAX: usize = 4096;
+/// A peer that said nothing for so long is not there any more, milliseconds: it pings far more often.
+const SILENCE_MS: u64 = 10_000;
 
 /// Who we are, for handshakes.
 #[derive(Clone, Copy, Debug)]
@@ -114,6 +117,8 @@ pub struct Inbound {
     receiving: Option<Box<Receiving>>,
     outbox: Outbox,
     refused: bool,
+    /// When something came last; `None`: nobody has looked yet.
+    heard: Option<Instant>,
     bad_crcs: u64,
     bad_mail: u64,
 }
@@ -134,6 +139,7 @@ impl Inbound {
             receiving: None,
             outbox,
             refused: status != Status::Ok,
+            heard: None,
             bad_crcs: 0,
             bad_mail: 0,
         }
@@ -148,6 +154,17 @@ impl Inbound {
     #[must_use]
     pub fn lane(&self) -> Lane {
         self.hello.lane
+    }
+    /// Something arrived.
+    pub fn heard(&mut self, now: Instant) {
+        self.heard = Some(now);
+    }
+    /// Nobody is at the other end any more. To be asked from time to time: while nothing is read, nothing can be heard.
+    pub fn is_silent(&mut self, now: Instant) -> bool {
+        if !self.may_receive() {
+            self.heard = Some(now);
+        }
+        self.heard.get_or_insert(now).after_ms(SILENCE_MS) <= now
     }
     /// Messages dropped since the last call: for a payload with wrong checksums, for a membership change not understood.
     pub fn take_bad(&mut self) -> (u64, u64) {
@@ -341,4 +358,28 @@ pub fn read_hello(body: &Bytes) -> Result<Hello, Status> {
         PeerError::Version(_) => Status::Version,
         _ => Status::Malformed,
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn who_is_not_listened_to_is_not_silent() {
+        let (disk, cluster) = ([1; 16], [0; 16]);
+        let me = Identity { peer: 2, shard: 0, shards: 1, chunk_size: 4096, disk, cluster };
+        let (lane, chunk_size, from, to) = (Lane::Data, 4096, 1, 2);
+        let hello = Hello { lane, chunk_size, from, to, from_shard: 0, to_shard: 0, shards: 1, disk, cluster };
+        let at = |seconds: u64| Instant(seconds * 1_000_000_000);
+        let mut inbound = Inbound::new(&me, hello, 1, Status::Ok);
+        assert!(!inbound.is_silent(at(100)) && !inbound.is_silent(at(109)));
+        inbound.heard(at(109));
+        assert!(!inbound.is_silent(at(118)));
+        // It does not read its answers, so it is not read.
+        inbound.outbox.push(Bytes::from(vec![0; ANSWERS_MAX]), []);
+        assert!(!inbound.may_receive() && !inbound.is_silent(at(200)));
+        inbound.take_send(8);
+        inbound.sent();
+        assert!(inbound.may_receive() && !inbound.is_silent(at(209)) && inbound.is_silent(at(210)));
+    }
 }

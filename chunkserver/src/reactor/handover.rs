@@ -15,7 +15,7 @@
 //! * Leave: answers that a client does not take are cut off where the kernel has them, and go with it; the log is sealed,
 //!   every device operation reaped, peers are closed.
 
-use super::sockets::{Conn, Session};
+use super::conn::{Conn, Session};
 use super::{Owner, Reactor, token};
 use crate::control::shards::Port;
 use crate::io::buffer::RecvBuf;
@@ -25,7 +25,7 @@ use crate::{nbd, rpc, service};
 use bytes::Bytes;
 use serde::{Deserialize, Serialize};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU8, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering};
 
 /// Answers that were given get this long to leave before they are cut off, milliseconds.
 const SEND_GRACE_MS: u64 = 20;
@@ -53,29 +53,38 @@ pub enum Stage {
     Wait = 4,
 }
 
+impl Stage {
+    /// No client's bytes are received.
+    pub(super) fn is_holding(self) -> bool {
+        matches!(self, Self::Hold | Self::Leave)
+    }
+}
+
 /// What the conductor and the reactors of a process tell each other.
 #[derive(Debug)]
 pub struct Pause {
-    stage: AtomicU8,
-    reports: AtomicUsize,
-    shards: usize,
+    /// The stage, and below it how many have reported it done: in one word, for a report must count for no other stage.
+    state: AtomicU64,
+    shards: u16,
 }
+
+/// Bits of the count.
+const REPORTS: u32 = 32;
 
 impl Pause {
     /// For so many shards.
     #[must_use]
     pub fn new(stage: Stage, shards: u16) -> Arc<Self> {
-        Arc::new(Self { stage: AtomicU8::new(stage as u8), reports: AtomicUsize::new(0), shards: usize::from(shards) })
+        Arc::new(Self { state: AtomicU64::new((stage as u64) << REPORTS), shards })
     }
     /// Go to a stage; nobody has reported it done. Ring the shards' bells afterwards. The conductor's alone.
     pub fn set(&self, stage: Stage) {
-        self.reports.store(0, Ordering::Release);
-        self.stage.store(stage as u8, Ordering::Release);
+        self.state.store((stage as u64) << REPORTS, Ordering::Release);
     }
     /// Where it is.
     #[must_use]
     pub fn stage(&self) -> Stage {
-        match self.stage.load(Ordering::Acquire) {
+        match self.state.load(Ordering::Acquire) >> REPORTS {
             1 => Stage::WriteBack,
             2 => Stage::Hold,
             3 => Stage::Leave,
@@ -86,10 +95,12 @@ impl Pause {
     /// All shards are through with the stage.
     #[must_use]
     pub fn is_reported(&self) -> bool {
-        self.reports.load(Ordering::Acquire) >= self.shards
+        self.state.load(Ordering::Acquire) as u32 >= u32::from(self.shards)
     }
-    fn report(&self) {
-        self.reports.fetch_add(1, Ordering::AcqRel);
+    /// One more is through with this stage. Too late if another one has been set: then it counts for nothing.
+    fn report(&self, stage: Stage) {
+        let counted = |state: u64| (state >> REPORTS == stage as u64).then_some(state + 1);
+        let _ = self.state.fetch_update(Ordering::AcqRel, Ordering::Acquire, counted);
     }
 }
 
@@ -185,7 +196,7 @@ impl<I: Io> Reactor<I> {
 
     /// No client's bytes are received.
     pub(super) fn is_holding(&self) -> bool {
-        matches!(self.stage, Stage::Hold | Stage::Leave)
+        self.stage.is_holding()
     }
     /// Answers stay here.
     pub(super) fn is_cut(&self) -> bool {
@@ -244,7 +255,7 @@ impl<I: Io> Reactor<I> {
             && through
             && !std::mem::replace(&mut part.reported, true)
         {
-            pause.report();
+            pause.report(stage);
         }
     }
 
@@ -259,7 +270,8 @@ impl<I: Io> Reactor<I> {
 
     /// Nothing is owed to a client but bytes, and nothing more of them can arrive.
     fn is_held(&self) -> bool {
-        self.accepting == 0 && self.is_quiet() && self.nebd_is_held() && self.conns.iter().all(|(_, c)| c.is_held())
+        let asked = !self.waiting.is_empty() || self.jobs.iter().any(|(_, job)| !job.rests());
+        self.accepting == 0 && !asked && self.nebd_is_held() && self.conns.iter().all(|(_, c)| c.is_held())
     }
 
     /// The stages of an end; true when it is over.
@@ -287,6 +299,7 @@ impl<I: Io> Reactor<I> {
             self.io.cancel(Cancel::Receives); // connections that are being made, too
             let peers: Vec<usize> = self.conns.iter().filter(|(_, c)| !c.is_client()).map(|(index, _)| index).collect();
             peers.into_iter().for_each(|index| self.doom(index));
+            self.remote.give_up();
         }
         let clients = self.conns.iter().all(|(_, conn)| conn.is_client() && !conn.is_doomed());
         let through = clients && self.dialing == 0;
@@ -303,6 +316,8 @@ impl<I: Io> Reactor<I> {
         for index in all {
             self.wait_for_input(index);
         }
+        let resting: Vec<usize> = self.jobs.iter().filter(|(_, job)| job.rests()).map(|(key, _)| key).collect();
+        resting.into_iter().for_each(|key| self.drive(key));
         self.again = true;
     }
 
@@ -376,5 +391,25 @@ impl Conn {
         };
         input.extend_from_slice(&rest);
         Some(Handed { conn, session, input, unsent: unsent.concat() })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_report_counts_for_its_own_stage_alone() {
+        let pause = Pause::new(Stage::Serve, 2);
+        pause.set(Stage::WriteBack);
+        pause.report(Stage::WriteBack);
+        assert!(!pause.is_reported());
+        pause.set(Stage::Hold); // the other one took too long
+        pause.report(Stage::WriteBack);
+        pause.report(Stage::WriteBack);
+        assert_eq!((pause.stage(), pause.is_reported()), (Stage::Hold, false));
+        pause.report(Stage::Hold);
+        pause.report(Stage::Hold);
+        assert_eq!((pause.stage(), pause.is_reported()), (Stage::Hold, true));
     }
 }

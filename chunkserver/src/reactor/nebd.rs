@@ -3,9 +3,12 @@
 //! Invariants: a call keeps its slot from its arrival until it is answered, or its connection and what it set going are
 //! gone; a failed I/O is answered with kNoOK or *parked*, as the configuration says. A parked call holds no place
 //! among the running requests of its file, so it hinders nobody; it is tried again once a second, and answered when that
-//! works; it ends with its connection, and stopping does not wait for it.
+//! works; it ends with its connection, and stopping does not wait for it. A call that cannot be tried again ends its
+//! connection at the next try: its client sends all again. So does a connection that is not read because of its calls, and
+//! stays so: its client may be gone.
 
 use super::Reactor;
+use super::conn::Session;
 use super::routing::{Client, Job, Whose};
 use crate::io::{Instant, Io};
 use crate::metrics::Counter;
@@ -21,8 +24,11 @@ use std::sync::Arc;
 
 /// A parked call is tried again after this, milliseconds.
 const RETRY_MS: u64 = 1000;
-/// Parked calls keep at most this share of the payload arena; beyond it their data is given up, and the client sends it
-/// again over another connection.
+/// A connection that has all the calls it may have, and from which nothing was read for this long, is given up,
+/// milliseconds.
+const STUCK_MS: u64 = 10_000;
+/// Calls that were parked keep at most this share of the payload arena until they end; beyond it data is given up, and
+/// the client sends it again over another connection.
 const PARKED_SHARE: usize = 8;
 
 /// What a reactor keeps for NEBD.
@@ -30,8 +36,8 @@ const PARKED_SHARE: usize = 8;
 pub(super) struct Nebd {
     pub(super) server: Arc<Server>,
     calls: Slab<Call>,
-    /// Data of parked writes.
-    parked_bytes: usize,
+    /// Data of writes that were parked and have not ended.
+    kept_bytes: usize,
     retry_at: Option<Instant>,
     replies: Vec<Reply>,
 }
@@ -46,6 +52,10 @@ struct Call {
     state: State,
     /// It failed before, so it is not refused any more: it works or waits.
     retried: bool,
+    /// Of its data, counted in [`Nebd::kept_bytes`].
+    kept: usize,
+    /// Number of its job, and how many attempts were lost: what repeats it is the same to other servers.
+    job: (u64, u32),
     /// Its connection broke while it ran.
     orphan: bool,
 }
@@ -63,7 +73,7 @@ enum State {
 
 impl Nebd {
     pub(super) fn new(server: Arc<Server>) -> Self {
-        Self { server, calls: Slab::new(), parked_bytes: 0, retry_at: None, replies: Vec::new() }
+        Self { server, calls: Slab::new(), kept_bytes: 0, retry_at: None, replies: Vec::new() }
     }
 
     /// When parked calls are tried again.
@@ -71,8 +81,15 @@ impl Nebd {
         self.retry_at
     }
 
-    fn take_parked(&mut self, bytes: usize) {
-        self.parked_bytes -= bytes;
+    /// Try again at this moment, or earlier if that was meant already.
+    fn retry(&mut self, at: Instant) {
+        self.retry_at = Some(self.retry_at.map_or(at, |known| known.min(at)));
+    }
+
+    fn remove(&mut self, slot: usize) -> Call {
+        let call = self.calls.remove(slot);
+        self.kept_bytes -= call.kept;
+        call
     }
 }
 
@@ -104,8 +121,23 @@ impl<I: Io> Reactor<I> {
             self.charge(client, size as usize);
         }
         let serial = self.next_serial();
+        let full = self.rpc_session(client).is_some_and(|session| session.is_full());
         let Some(nebd) = &mut self.nebd else { return };
-        let call = Call { client, serial, ticket, fd, op, state: State::Asked, retried: false, orphan: false };
+        if full {
+            nebd.retry(now.after_ms(RETRY_MS));
+        }
+        let call = Call {
+            client,
+            serial,
+            ticket,
+            fd,
+            op,
+            state: State::Asked,
+            retried: false,
+            kept: 0,
+            job: (0, 0),
+            orphan: false,
+        };
         let slot = nebd.calls.insert(call);
         self.nebd_ask(slot);
         self.nebd_replies();
@@ -132,24 +164,47 @@ impl<I: Io> Reactor<I> {
         nebd.server.receive(self.number, &mut nebd.replies);
         if nebd.retry_at.is_some_and(|at| at <= self.io.now()) && !holding {
             nebd.retry_at = None;
-            let due = |c: &Call| c.state == State::Parked && !matches!(c.op, Op::Lost);
-            let due: Vec<usize> = nebd.calls.iter().filter(|(_, c)| due(c)).map(|(slot, _)| slot).collect();
-            for slot in due {
-                if let Some(nebd) = &mut self.nebd
-                    && let Some(bytes) = nebd.calls.get(slot).map(|c| data_len(&c.op))
-                {
-                    nebd.take_parked(bytes);
-                }
-                self.nebd_ask(slot);
-            }
+            self.nebd_retry();
         }
         self.nebd_replies();
     }
 
-    /// For a hand-over: nothing of NEBD is under way but what is parked, and the worker writes no record.
+    /// Try parked calls again; connections that it cannot help are given up.
+    fn nebd_retry(&mut self) {
+        let now = self.io.now();
+        let Some(nebd) = &mut self.nebd else { return };
+        let full = |session: &Session| matches!(session, Session::Nebd(calls) if calls.is_full());
+        let mut hopeless = Vec::new();
+        for (index, conn) in self.conns.iter().filter(|(_, conn)| full(&conn.session) && !conn.is_doomed()) {
+            if conn.moved().after_ms(STUCK_MS) <= now {
+                hopeless.push(Client { index, serial: conn.serial });
+            } else {
+                nebd.retry(now.after_ms(RETRY_MS));
+            }
+        }
+        let parked = || nebd.calls.iter().filter(|(_, call)| call.state == State::Parked);
+        hopeless.extend(parked().filter(|(_, call)| matches!(call.op, Op::Lost)).map(|(_, call)| call.client));
+        let due: Vec<(usize, u32)> = parked().map(|(slot, call)| (slot, call.serial)).collect();
+        for client in hopeless {
+            if self.is_connected(client) {
+                tracing::warn!("closing a connection of NEBD whose requests wait too long: they will be sent again");
+                self.context.metrics().add(Counter::ClosedByUs, 1);
+                self.doom(client.index);
+            }
+        }
+        for (slot, serial) in due {
+            let there = |nebd: &Nebd| nebd.calls.get(slot).is_some_and(|call| call.serial == serial);
+            if self.nebd.as_ref().is_some_and(there) {
+                self.nebd_ask(slot);
+            }
+        }
+    }
+
+    /// For a hand-over: nothing of NEBD is under way but what is parked, or a job ([`Job::rests`] is not asked here), and
+    /// the worker writes no record.
     pub(super) fn nebd_is_held(&self) -> bool {
-        let parked = |nebd: &Nebd| nebd.calls.iter().all(|(_, call)| call.state == State::Parked);
-        self.nebd.as_ref().is_none_or(|nebd| parked(nebd) && nebd.server.is_idle())
+        let held = |call: &Call| matches!(call.state, State::Parked | State::Running(_));
+        self.nebd.as_ref().is_none_or(|nebd| nebd.calls.iter().all(|(_, call)| held(call)) && nebd.server.is_idle())
     }
 
     /// Act on what the table of files said, and on what that leads to.
@@ -191,11 +246,14 @@ impl<I: Io> Reactor<I> {
         let serial = self.next_serial();
         let Some(nebd) = &mut self.nebd else { return };
         let Some(call) = nebd.calls.get_mut(slot) else { return };
-        self.next_job += 1;
         match service::run(&call.op, handle) {
             Run::Io(io) => {
-                let (client, whose) = (call.client, Whose::Nebd(slot));
-                let job = self.jobs.insert(Job { client, whose, io, serial, number: self.next_job });
+                if call.job.0 == 0 {
+                    self.next_job += 1;
+                    call.job.0 = self.next_job;
+                }
+                let (client, whose, (number, lost)) = (call.client, Whose::Nebd(slot), call.job);
+                let job = self.jobs.insert(Job { client, whose, io: io.after(lost), serial, number });
                 call.state = State::Running(job);
                 self.drive(job);
             }
@@ -214,9 +272,10 @@ impl<I: Io> Reactor<I> {
         }
     }
 
-    /// The I/O of a call ended.
-    pub(super) fn nebd_done(&mut self, slot: usize, result: Result<Pieces, VolumeError>) {
-        let Some(call) = self.nebd.as_ref().and_then(|nebd| nebd.calls.get(slot)) else { return };
+    /// The I/O of a call ended; `lost`: [`VolumeIo::lost_max`](crate::volume::io::VolumeIo::lost_max).
+    pub(super) fn nebd_done(&mut self, slot: usize, result: Result<Pieces, VolumeError>, lost: u32) {
+        let Some(call) = self.nebd.as_mut().and_then(|nebd| nebd.calls.get_mut(slot)) else { return };
+        call.job.1 = lost;
         let (client, is_read) = (call.client, matches!(call.op, Op::Read { .. }));
         let alive = self.is_connected(client) && self.draining.is_none();
         self.nebd_end(slot, Some(result.is_ok()));
@@ -247,17 +306,20 @@ impl<I: Io> Reactor<I> {
 
     fn nebd_finish(&mut self, slot: usize, outcome: Outcome) {
         let Some(nebd) = &mut self.nebd else { return };
-        let Call { client, ticket, op, .. } = nebd.calls.remove(slot);
+        let Call { client, ticket, op, .. } = nebd.remove(slot);
         let handled = service::answer(&self.context, self.io.now(), ticket, &op, outcome);
         self.handled(client, handled);
     }
 
     /// kNoOK, unless it failed before and was to wait.
     fn nebd_refuse(&mut self, slot: usize) {
+        let at = self.io.now().after_ms(RETRY_MS);
         let Some(nebd) = &mut self.nebd else { return };
         match nebd.calls.get_mut(slot) {
             Some(call) if call.retried => {
                 (call.state, call.op) = (State::Parked, Op::Lost);
+                nebd.kept_bytes -= std::mem::take(&mut call.kept);
+                nebd.retry(at);
             }
             _ => self.nebd_finish(slot, Outcome::Refused),
         }
@@ -274,14 +336,16 @@ impl<I: Io> Reactor<I> {
             tracing::warn!(fd = call.fd, %why, "an NEBD request failed; it stays unanswered and is tried again");
         }
         call.state = State::Parked;
-        let bytes = data_len(&call.op);
-        if nebd.parked_bytes + bytes > max {
+        let more = data_len(&call.op) - call.kept;
+        if nebd.kept_bytes + more > max {
             call.op = Op::Lost;
+            nebd.kept_bytes -= std::mem::take(&mut call.kept);
         } else {
-            nebd.parked_bytes += bytes;
+            call.kept += more;
+            nebd.kept_bytes += more;
         }
-        nebd.retry_at = Some(nebd.retry_at.map_or(at, |known| known.min(at)));
         let (client, charged) = (call.client, call.ticket.release());
+        nebd.retry(at);
         if let Some(session) = self.rpc_session(client) {
             session.release(charged);
         }
@@ -290,10 +354,7 @@ impl<I: Io> Reactor<I> {
     /// Nobody waits for this call any more.
     fn nebd_drop(&mut self, slot: usize) {
         let Some(nebd) = &mut self.nebd else { return };
-        let call = nebd.calls.remove(slot);
-        if call.state == State::Parked {
-            nebd.take_parked(data_len(&call.op));
-        }
+        let call = nebd.remove(slot);
         call.ticket.abandon(&self.context, self.io.now());
     }
 
@@ -316,7 +377,7 @@ impl<I: Io> Reactor<I> {
                     }
                     if self.jobs.get_mut(job).is_some_and(|job| job.io.cancel(VolumeError::Stopping)) {
                         self.jobs.remove(job);
-                        self.nebd_done(slot, Err(VolumeError::Stopping));
+                        self.nebd_done(slot, Err(VolumeError::Stopping), 0);
                     }
                 }
             }
@@ -324,3 +385,6 @@ impl<I: Io> Reactor<I> {
         self.nebd_replies();
     }
 }
+
+#[cfg(test)]
+mod tests;

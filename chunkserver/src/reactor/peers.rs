@@ -4,11 +4,11 @@
 //! shard it names before the greeting is answered: the peer sends nothing meanwhile, so no byte is handed over, and mail
 //! never hops between shards.
 
+use super::conn::Session;
 use super::routing::Client;
-use super::sockets::Session;
 use super::{Owner, Reactor, Setup, token};
 use crate::chunk::shard_of;
-use crate::io::{ConnId, Done, Io, Op};
+use crate::io::{ConnId, Done, Instant, Io, Op};
 use crate::mailbox::Greeted;
 use crate::metrics::Counter;
 use crate::peer::{Identity, Inbound, PeerEvent, PeerState, inbound, judge};
@@ -16,6 +16,9 @@ use crate::rpc::{Greeting, Incoming};
 use crate::service::{self, Context};
 use crate::shard::request::PeerView;
 use proto::peer::{Hello, Lane, Status};
+
+/// Between two looks for peers that are not there any more, milliseconds.
+const SWEEP_MS: u64 = 1_000;
 
 impl<I: Io> Reactor<I> {
     fn identity(&self) -> Identity {
@@ -68,6 +71,7 @@ impl<I: Io> Reactor<I> {
     fn inbound(&mut self, hello: Hello, correlation_id: i64, status: Status) -> Session {
         if status == Status::Ok {
             self.peers.nudge(self.io.now(), hello.from);
+            self.sweep_at = self.sweep_at.min(self.io.now().after_ms(SWEEP_MS));
         } else {
             tracing::warn!(peer = %copyset::PeerId(hello.from), %status, "a peer's greeting is refused");
             self.context.metrics().add(Counter::PeerHandshakesFailed, 1);
@@ -80,6 +84,7 @@ impl<I: Io> Reactor<I> {
         if self.draining.is_some() || !self.shard.serving() {
             return Status::NotReady;
         }
+        self.drop_silent();
         let mut older = Vec::new();
         for (index, conn) in &self.conns {
             let Session::Peer(peer) = &conn.session else { continue };
@@ -96,6 +101,27 @@ impl<I: Io> Reactor<I> {
         }
         older.into_iter().for_each(|index| self.doom(index));
         Status::Ok
+    }
+
+    /// Connections whose peers died without a word would stay for ever. True if any peer's is left.
+    fn drop_silent(&mut self) -> bool {
+        let (now, mut silent, mut left) = (self.io.now(), Vec::new(), false);
+        for (index, conn) in &mut self.conns {
+            let Session::Peer(peer) = &mut conn.session else { continue };
+            match peer.is_silent(now) {
+                true => silent.push(index),
+                false => left = true,
+            }
+        }
+        silent.into_iter().for_each(|index| self.doom(index));
+        left
+    }
+
+    fn sweep(&mut self) {
+        let now = self.io.now();
+        if self.sweep_at <= now {
+            self.sweep_at = if self.drop_silent() { now.after_ms(SWEEP_MS) } else { Instant::FAR };
+        }
     }
 
     /// Mail that connections brought, to the shard.
@@ -125,6 +151,7 @@ impl<I: Io> Reactor<I> {
 
     /// At the end of a turn: what the links want done.
     pub(super) fn peers_step(&mut self) {
+        self.sweep();
         if self.is_alone() {
             return;
         }

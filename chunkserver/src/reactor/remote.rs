@@ -1,7 +1,7 @@
 //! Volumes' operations on their way to other servers, and the connections to those (`volume::remote`).
 
+use super::conn::Session;
 use super::routing::Whom;
-use super::sockets::Session;
 use super::{Owner, Reactor, token};
 use crate::chunk::shard_of;
 use crate::io::{Done, Io, Op, ShardId};
@@ -27,11 +27,12 @@ impl<I: Io> Reactor<I> {
         asker: Asker,
         copyset: CopysetId,
         homes: &[u64],
+        sn: u64,
         op: RequestOp,
         id: (u64, u32),
     ) -> bool {
         let RequestOp::Chunk { chunk, op } = op else { return false };
-        let errand = Errand { copyset, homes, chunk, op: &op, id: id.0, attempt: id.1 };
+        let errand = Errand { copyset, homes, chunk, sn, op: &op, id: id.0, attempt: id.1 };
         match self.remote.ask(self.io.now(), errand, asker) {
             Went::Nowhere => return false,
             Went::Away => {}
@@ -66,7 +67,7 @@ impl<I: Io> Reactor<I> {
         self.next_job += 1;
         let id = (self.next_job << 24, 0);
         let asker = Asker::Order(origin);
-        if !self.dispatch(asker, copyset, homes, RequestOp::Chunk { chunk, op }, id) {
+        if !self.dispatch(asker, copyset, homes, 0, RequestOp::Chunk { chunk, op }, id) {
             self.done(asker, ended(Outcome::NotLeader, ReplyData::None));
         }
     }
@@ -82,13 +83,21 @@ impl<I: Io> Reactor<I> {
 
     /// At the end of a turn: what `remote` wants done, and what was answered.
     pub(super) fn remote_step(&mut self) {
-        if self.is_alone() {
-            return;
+        let (now, alone) = (self.io.now(), self.is_alone());
+        if !alone {
+            self.remote.poll(now);
         }
-        let now = self.io.now();
-        self.remote.poll(now);
         while let Some(event) = self.remote.next_event() {
             match event {
+                RemoteEvent::Done { asker, lost, outcome, data } => {
+                    if let (true, Asker::Part { job, part }) = (lost, asker)
+                        && let Some(job) = self.jobs.get_mut(job)
+                    {
+                        job.io.lost(part);
+                    }
+                    self.done(asker, ended(outcome, data));
+                }
+                _ if alone => {}
                 RemoteEvent::Dial { server, address, timeout_ms } => {
                     self.dialing += 1;
                     self.io.submit(token(Owner::Dial, 0, server), Op::Connect { address, timeout_ms });
@@ -103,13 +112,15 @@ impl<I: Io> Reactor<I> {
                         self.doom(index);
                     }
                 }
-                RemoteEvent::Done { asker, outcome, data } => self.done(asker, ended(outcome, data)),
                 RemoteEvent::AskHere(copyset) => {
                     let shard = ShardId(shard_of(copyset, self.shards));
                     let op = RequestOp::Admin(AdminOp::CopysetStatus);
                     self.ask_shard(shard, copyset, op, Whom::Told(copyset));
                 }
             }
+        }
+        if alone {
+            return;
         }
         // What that led to, at the latest in the next turn.
         self.remote.poll(now);

@@ -2,8 +2,8 @@
 //!
 //! Every request has a slot here until its reply came; a connection that is gone by then only loses the answer.
 
+use super::conn::Session;
 use super::remote::Asker;
-use super::sockets::Session;
 use super::{Owner, Reactor, token};
 use crate::chunk::shard_of;
 use crate::control::shards::CONTROL;
@@ -74,8 +74,16 @@ pub(super) struct Job {
     pub(super) whose: Whose,
     pub(super) io: VolumeIo,
     pub(super) serial: u32,
-    /// Never used again, unlike its slot.
+    /// Never used again, unlike its slot; but by what repeats the same I/O.
     pub(super) number: u64,
+}
+
+impl Job {
+    /// Nothing of it is asked, and its client sends it again to whoever serves: a hand-over does not wait for it, and
+    /// asks nothing more for it.
+    pub(super) fn rests(&self) -> bool {
+        matches!(self.whose, Whose::Nebd(_)) && self.io.is_waiting()
+    }
 }
 
 impl<I: Io> Reactor<I> {
@@ -227,10 +235,10 @@ impl<I: Io> Reactor<I> {
     }
 
     fn job_done(&mut self, key: usize, result: Result<Pieces, VolumeError>) {
-        let Job { client, whose, .. } = self.jobs.remove(key);
+        let Job { client, whose, io, .. } = self.jobs.remove(key);
         let id = match whose {
             Whose::Nbd(id) => id,
-            Whose::Nebd(slot) => return self.nebd_done(slot, result),
+            Whose::Nebd(slot) => return self.nebd_done(slot, result, io.lost_max()),
         };
         if let Some(conn) = self.conns.get_mut(client.index).filter(|c| c.serial == client.serial)
             && let Session::Nbd(session) = &mut conn.session
@@ -242,12 +250,16 @@ impl<I: Io> Reactor<I> {
 
     /// Send what a volume I/O may send now.
     pub(super) fn drive(&mut self, key: usize) {
-        let now = self.io.now();
+        let (now, holding) = (self.io.now(), self.is_holding());
+        if holding && self.jobs.get(key).is_some_and(|job| matches!(job.whose, Whose::Nebd(_))) {
+            return;
+        }
         while let Some(job) = self.jobs.get_mut(key) {
             let Some(part) = job.io.next_part(now) else { break };
             let (volume, id) = (Arc::clone(job.io.volume()), job.number << 24 | u64::from(part.instance & 0xff_ffff));
             let asker = Asker::Part { job: key, part: part.part };
-            if self.dispatch(asker, part.copyset, volume.homes(part.copyset), part.op, (id, part.attempt)) {
+            let (homes, id) = (volume.homes(part.copyset), (id, part.attempt));
+            if self.dispatch(asker, part.copyset, homes, volume.sn(), part.op, id) {
                 continue;
             }
             let Some(job) = self.jobs.get_mut(key) else { break };

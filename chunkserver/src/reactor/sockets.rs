@@ -3,10 +3,11 @@
 //! A connection stays in its slot until every operation on it has come back, so a slot's completions never reach a
 //! later connection. A client that stalls or does not read its replies only makes its own connection wait.
 
+use super::conn::{Conn, Session};
 use super::handover::Stage;
 use super::{Owner, Protocol, Reactor, token};
 use crate::io::buffer::{PoolBuf, RecvBuf};
-use crate::io::{ConnId, Done, Errno, Instant, Io, ListenerId, Op};
+use crate::io::{ConnId, Done, Errno, Io, ListenerId, Op};
 use crate::metrics::Counter;
 use crate::nbd;
 use crate::peer;
@@ -21,113 +22,6 @@ const SEND_BUFS: usize = 256;
 const STALL_MS: u64 = 1000;
 /// Pause after accept failed (out of file descriptors, most likely), milliseconds.
 const ACCEPT_PAUSE_MS: u64 = 50;
-
-/// What is spoken on a connection.
-#[derive(Debug)]
-pub(super) enum Session {
-    Rpc(Box<rpc::Connection>),
-    /// The same bytes, other methods.
-    Nebd(Box<rpc::Connection>),
-    Nbd(Box<nbd::Session>),
-    /// A peer called us.
-    Peer(Box<peer::Inbound>),
-    /// We called a peer: a link of `Reactor::peers`.
-    Link(usize),
-    /// We called a server for a volume: one of `Reactor::remote`.
-    Server(usize),
-}
-
-/// A connection.
-#[derive(Debug)]
-pub(super) struct Conn {
-    id: ConnId,
-    pub(super) serial: u32,
-    pub(super) session: Session,
-    /// Received and not yet used.
-    input: Option<(RecvBuf, usize)>,
-    receiving: bool,
-    /// When bytes last arrived.
-    moved: Instant,
-    sending: bool,
-    /// What a send that was cut off did not send.
-    unsent: Vec<Bytes>,
-    listed: bool,
-    touched: bool,
-    /// To be closed; nothing more is read or sent.
-    doomed: bool,
-    close_sent: bool,
-    close_done: bool,
-}
-
-impl Conn {
-    pub(super) fn id(&self) -> ConnId {
-        self.id
-    }
-    pub(super) fn is_doomed(&self) -> bool {
-        self.doomed
-    }
-    fn gone(&self) -> bool {
-        self.close_done && !self.receiving && !self.sending
-    }
-    /// Its client is a disk's user: while the server stops, nothing new is read from it.
-    pub(super) fn is_of_a_volume(&self) -> bool {
-        matches!(self.session, Session::Nbd(_) | Session::Nebd(_))
-    }
-    /// During a hand-over nothing is received from it.
-    fn is_heard(&self) -> bool {
-        self.is_client() || matches!(self.session, Session::Nebd(_))
-    }
-    /// Its connection goes over in a hand-over. (NEBD's clients connect anew and send again what is unanswered.)
-    pub(super) fn is_client(&self) -> bool {
-        matches!(self.session, Session::Rpc(_) | Session::Nbd(_))
-    }
-    pub(super) fn is_sending(&self) -> bool {
-        self.sending
-    }
-    /// Has answers to send.
-    pub(super) fn owes_bytes(&self) -> bool {
-        match &self.session {
-            Session::Rpc(c) => c.backlog_bytes() > 0,
-            Session::Nbd(s) => s.backlog_bytes() > 0,
-            _ => false,
-        }
-    }
-    /// Owes nothing but bytes, and no more of the client's can arrive.
-    pub(super) fn is_held(&self) -> bool {
-        match &self.session {
-            _ if self.doomed => true,
-            Session::Rpc(c) => !self.receiving && c.requests() == 0,
-            Session::Nbd(s) => !self.receiving && s.requests_in_flight() == 0,
-            Session::Nebd(_) => !self.receiving,
-            Session::Peer(_) | Session::Link(_) | Session::Server(_) => true,
-        }
-    }
-    /// Socket, session, what was received and not used, what was cut off.
-    pub(super) fn dismantled(self) -> (ConnId, Session, Bytes, Vec<Bytes>) {
-        let rest =
-            self.input.map_or_else(Bytes::new, |(data, at)| Bytes::copy_from_slice(data.get(at..).unwrap_or_default()));
-        (self.id, self.session, rest, self.unsent)
-    }
-    /// In the middle of a payload, with memory for all of it.
-    fn holds_payload(&self) -> bool {
-        match &self.session {
-            Session::Rpc(c) | Session::Nebd(c) => c.holds_payload(),
-            Session::Nbd(s) => s.holds_payload(),
-            Session::Peer(p) => p.holds_payload(),
-            Session::Link(_) | Session::Server(_) => false,
-        }
-    }
-    /// Owes no answer and has none queued.
-    pub(super) fn is_quiet(&self) -> bool {
-        match &self.session {
-            Session::Rpc(c) => c.requests() == 0 && c.backlog_bytes() == 0,
-            // What is unanswered and not running is sent again, to whoever serves next.
-            Session::Nebd(c) => c.backlog_bytes() == 0,
-            Session::Nbd(s) => s.requests_in_flight() == 0 && s.backlog_bytes() == 0,
-            Session::Peer(_) | Session::Link(_) | Session::Server(_) => true, // nobody waits for an answer
-        }
-    }
-}
 
 impl<I: Io> Reactor<I> {
     /// Arm the listeners at start and after a pause.
@@ -260,7 +154,7 @@ impl<I: Io> Reactor<I> {
         }
         self.context.metrics().add(Counter::BytesIn, data.len() as u64);
         // It may have to wait: a held connection keeps none of the few receive buffers, peers need them.
-        let held = matches!(self.stage, Stage::Hold | Stage::Leave) && conn.is_client();
+        let held = self.stage.is_holding() && conn.is_heard();
         let data = if held { RecvBuf::new(Bytes::copy_from_slice(&data)) } else { data };
         conn.input = Some((data, 0));
         self.parse(index);
@@ -284,7 +178,8 @@ impl<I: Io> Reactor<I> {
 
     fn input_direct(&mut self, index: usize, buf: PoolBuf, result: Result<usize, Errno>) {
         let now = self.io.now();
-        let Some(conn) = self.conns.get_mut(index) else { return };
+        // Of a server that was given up, `remote` has forgotten the buffer.
+        let Some(conn) = self.conns.get_mut(index).filter(|conn| !conn.doomed) else { return };
         let added = match result {
             Ok(added) => added,
             Err(Errno(libc::EINTR | libc::EAGAIN | libc::ECANCELED)) => 0,
@@ -321,7 +216,7 @@ impl<I: Io> Reactor<I> {
     fn parse_some(&mut self, index: usize) -> bool {
         let (now, holding) = (self.io.now(), self.is_holding());
         let Some(conn) = self.conns.get_mut(index) else { return false };
-        if holding && conn.is_client() {
+        if holding && conn.is_heard() {
             return false;
         }
         let Some((data, at)) = conn.input.take().filter(|_| !conn.doomed) else { return false };
@@ -344,12 +239,15 @@ impl<I: Io> Reactor<I> {
                 Ok(nbd::Progress::Stalled) => (true, true, None),
                 Err(reason) => (false, false, Some(reason.to_string())),
             },
-            Session::Peer(p) => match p.received(&mut rest, arena, &mut self.peer_mail) {
-                Ok(peer::Progress::Consumed) => (false, false, None),
-                Ok(peer::Progress::NoBuffer) => (true, true, None),
-                Ok(peer::Progress::Later) => (true, false, None),
-                Err(reason) => (false, false, Some(reason.to_string())),
-            },
+            Session::Peer(p) => {
+                p.heard(now);
+                match p.received(&mut rest, arena, &mut self.peer_mail) {
+                    Ok(peer::Progress::Consumed) => (false, false, None),
+                    Ok(peer::Progress::NoBuffer) => (true, true, None),
+                    Ok(peer::Progress::Later) => (true, false, None),
+                    Err(reason) => (false, false, Some(reason.to_string())),
+                }
+            }
             Session::Link(link) => {
                 self.peers.received(now, *link, rest, &mut self.peer_events);
                 (false, false, None)
@@ -397,7 +295,9 @@ impl<I: Io> Reactor<I> {
             return;
         }
         self.look_for_stalled = now.after_ms(STALL_MS / 10);
-        let stalled = |conn: &Conn| conn.holds_payload() && !conn.doomed && conn.moved.after_ms(STALL_MS) <= now;
+        let answer = |conn: &Conn| matches!(conn.session, Session::Server(from) if self.remote.holds_payload(from));
+        let holds = |conn: &Conn| conn.holds_payload() || answer(conn);
+        let stalled = |conn: &Conn| !conn.doomed && conn.moved.after_ms(STALL_MS) <= now && holds(conn);
         let all: Vec<usize> = self.conns.iter().filter(|(_, c)| stalled(c)).map(|(index, _)| index).collect();
         for index in all {
             tracing::debug!("closing a connection that stopped in the middle of a payload");

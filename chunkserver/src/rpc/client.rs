@@ -10,6 +10,7 @@ use crate::io::buffer::{Arena, PoolBuf};
 use crate::io::{Address, Instant};
 use crate::limits::{
     BLOCK, CHUNK_BYTES_MAX, CONNECTION_BYTES_MAX, CONNECTION_REQUESTS_MAX, IGNORED_ATTACHMENT_BYTES_MAX,
+    client_may_take,
 };
 use bytes::{Bytes, BytesMut};
 use proto::frame::{Decoder, FrameHead, RequestHead, Step, put_request_bytes};
@@ -167,6 +168,12 @@ impl Client {
         matches!(self.state, State::Up)
     }
 
+    /// It is getting one.
+    #[must_use]
+    pub fn is_dialing(&self) -> bool {
+        matches!(self.state, State::Dialing)
+    }
+
     /// Make a call; refused ones are answered at once.
     pub fn call(&mut self, now: Instant, call: Outgoing, out: &mut Vec<Answer>) {
         let Outgoing { token, service, method, body, attachment, until } = call;
@@ -269,13 +276,14 @@ impl Client {
                     Step::Reject(_) => {}
                     Step::Http(_) => return Err(proto::frame::FrameError::UnknownProtocol.into()),
                 },
-                Receiving::Buffer(head, len) => match arena.alloc(len) {
-                    Some(buf) => self.receiving = Receiving::Payload(head, Box::new(Fill::new(buf))),
-                    None => {
+                Receiving::Buffer(head, len) => {
+                    let room = client_may_take(arena.free_bytes(), arena.size(), len);
+                    let Some(buf) = room.then(|| arena.alloc(len)).flatten() else {
                         self.receiving = Receiving::Buffer(head, len);
                         return Ok(true);
-                    }
-                },
+                    };
+                    self.receiving = Receiving::Payload(head, Box::new(Fill::new(buf)));
+                }
                 Receiving::Payload(head, mut fill) => {
                     fill.take(input);
                     if !fill.is_complete() {
@@ -366,6 +374,11 @@ impl Client {
     pub fn direct_done(&mut self, buf: PoolBuf, added: usize) {
         let Receiving::Payload(_, fill) = &mut self.receiving else { panic!("no payload buffer was lent") };
         fill.returned(buf, added);
+    }
+    /// An answer's payload is being received, and has its buffer.
+    #[must_use]
+    pub fn holds_payload(&self) -> bool {
+        matches!(self.receiving, Receiving::Payload(..))
     }
     /// It waits for a payload buffer.
     #[must_use]
@@ -472,14 +485,15 @@ mod tests {
     #[test]
     fn an_answer_without_a_buffer_waits() {
         let (mut client, arena, mut out) = up(1);
-        let taken = arena.alloc(1 << 20).unwrap();
+        // What is left is the peers' (rule 14).
+        let taken = arena.alloc((1 << 20) - 64 * BLOCK).unwrap();
         let stream = reply(1, &[4; 64 * BLOCK]);
         let (first, rest) = stream.split_at(100);
         let mut input = first;
         assert!(client.received(&mut input, &arena, &mut out).unwrap());
-        assert!(client.wants_buffer() && client.direct().is_none());
+        assert!(client.wants_buffer() && client.direct().is_none() && !client.holds_payload());
         drop(taken);
-        assert!(!client.received(&mut input, &arena, &mut out).unwrap());
+        assert!(!client.received(&mut input, &arena, &mut out).unwrap() && client.holds_payload());
         let (mut buf, filled) = client.direct().unwrap();
         let missing = 64 * BLOCK - filled;
         assert_eq!(missing, rest.len());

@@ -418,6 +418,13 @@ impl Connection {
         fits && !self.closing && !self.http_waits
     }
 
+    /// Nothing is read before some of its requests are answered: they are as many, or pin as much, as they may.
+    #[must_use]
+    pub fn is_full(&self) -> bool {
+        let waits = !matches!(self.state, State::Payload | State::Buffer(_));
+        waits && (self.held >= CONNECTION_BYTES_MAX || self.requests >= CONNECTION_REQUESTS_MAX)
+    }
+
     /// It waits for a payload buffer of this many bytes.
     #[must_use]
     pub fn wants_buffer(&self) -> Option<usize> {

@@ -1,6 +1,7 @@
 //! Part2 at start: its lock, its socket, what it has on record.
 
 use crate::config::{Config, NebdConfig};
+use crate::control::disk;
 use crate::control::nebd::Setup;
 use crate::io::uring::{Doorbells, clock};
 use crate::nebd::conf;
@@ -8,12 +9,13 @@ use crate::nebd::executor::flags_of;
 use crate::nebd::files::Known;
 use crate::nebd::metafile::Metafile;
 use crate::nebd::server::{Options, Server};
+use crate::replace::beside;
 use anyhow::{Context, bail};
 use rustix::fs::{FlockOperation, flock};
 use socket2::Socket;
 use std::fs::{File, OpenOptions, Permissions};
 use std::os::unix::fs::PermissionsExt;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -34,7 +36,7 @@ pub(super) fn resolve(config: &Config) -> anyhow::Result<Config> {
 
 /// The listening socket. From here on clients can connect, and wait.
 pub(super) fn listen(path: &Path) -> anyhow::Result<Socket> {
-    let socket = super::unix(path).with_context(|| format!("listen on {}", path.display()))?;
+    let socket = super::unix(path, false).with_context(|| format!("listen on {}", path.display()))?;
     // Whoever runs virtual machines connects as whoever he is.
     std::fs::set_permissions(path, Permissions::from_mode(0o777)).with_context(|| path.display().to_string())?;
     Ok(socket)
@@ -43,17 +45,23 @@ pub(super) fn listen(path: &Path) -> anyhow::Result<Socket> {
 impl Prepared {
     /// Take the lock of the socket, waiting at most `wait` for a server that is ending, and read the metafile.
     pub(super) fn new(config: &Config, wait: Duration) -> anyhow::Result<Option<Self>> {
-        Self::with_lock(config, FlockOperation::NonBlockingLockExclusive, wait)
+        Self::with_lock(config, FlockOperation::NonBlockingLockExclusive, wait, None)
     }
 
-    /// The same, from a process that has called [`Lock::share`] and writes nothing more.
-    pub(super) fn join(config: &Config) -> anyhow::Result<Option<Self>> {
-        Self::with_lock(config, FlockOperation::NonBlockingLockShared, Duration::ZERO)
+    /// The same, from a process that writes nothing more: either it has called [`Lock::share`], or it never had this
+    /// socket, which has been locked for us.
+    pub(super) fn join(config: &Config, lock: Option<Lock>) -> anyhow::Result<Option<Self>> {
+        Self::with_lock(config, FlockOperation::NonBlockingLockShared, Duration::ZERO, lock)
     }
 
-    fn with_lock(config: &Config, how: FlockOperation, wait: Duration) -> anyhow::Result<Option<Self>> {
+    fn with_lock(
+        config: &Config,
+        how: FlockOperation,
+        wait: Duration,
+        lock: Option<Lock>,
+    ) -> anyhow::Result<Option<Self>> {
         let Some(config) = config.nebd.clone() else { return Ok(None) };
-        let lock = Lock(lock(&beside(&config.socket, ".lock"), how, wait)?);
+        let lock = lock.map_or_else(|| Lock::new(&config.socket, how, wait), Ok)?;
         let metafile = Metafile::open(&config.metafile)?;
         Ok(Some(Self { config, metafile, lock }))
     }
@@ -99,6 +107,15 @@ fn effective(nebd: &NebdConfig) -> anyhow::Result<NebdConfig> {
 }
 
 impl Lock {
+    fn new(socket: &Path, how: FlockOperation, wait: Duration) -> anyhow::Result<Self> {
+        lock(&beside(socket, ".lock"), how, wait).map(Self)
+    }
+
+    /// Of a socket that the process we take over from does not have.
+    pub(super) fn of_new(socket: &Path) -> anyhow::Result<Self> {
+        Self::new(socket, FlockOperation::NonBlockingLockExclusive, Duration::ZERO)
+    }
+
     /// Let the process that takes over have a share of it.
     pub(super) fn share(&self) -> std::io::Result<()> {
         Ok(flock(&self.0, FlockOperation::NonBlockingLockShared)?)
@@ -106,16 +123,7 @@ impl Lock {
 
     /// Have it alone again, waiting at most `wait` for the other process to be gone.
     pub(super) fn claim(&self, wait: Duration) -> std::io::Result<()> {
-        let until = Instant::now() + wait;
-        loop {
-            match flock(&self.0, FlockOperation::NonBlockingLockExclusive) {
-                Err(rustix::io::Errno::WOULDBLOCK) if Instant::now() < until => {
-                    self.share()?; // the kernel gives it up when it cannot make it exclusive
-                    std::thread::sleep(Duration::from_millis(2));
-                }
-                other => return Ok(other?),
-            }
-        }
+        disk::claim(&self.0, wait)
     }
 
     /// Another descriptor of it.
@@ -139,10 +147,4 @@ fn lock(path: &Path, how: FlockOperation, wait: Duration) -> anyhow::Result<File
             Err(error) => bail!("NEBD: cannot lock {shown}: {error}"),
         }
     }
-}
-
-fn beside(path: &Path, suffix: &str) -> PathBuf {
-    let mut name = path.as_os_str().to_owned();
-    name.push(suffix);
-    PathBuf::from(name)
 }

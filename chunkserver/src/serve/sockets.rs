@@ -20,12 +20,13 @@ pub(super) struct Sockets {
 }
 
 impl Sockets {
-    /// Those that are `inherited` are not made anew; what nobody wants of them is closed.
+    /// Those that are `inherited` are not made anew; what nobody wants of them is closed. NEBD's is locked already.
     pub(super) fn bind(config: &Config, wait: Duration, inherited: Vec<Socket>) -> anyhow::Result<Self> {
         let until = Instant::now() + wait;
+        let taking_over = !inherited.is_empty();
         let mut inherited = Inherited(inherited);
         let tcp = |address, until, from: &mut Inherited| from.tcp(address).map_or_else(|| tcp(address, until), Ok);
-        let unix = |path: &Path, from: &mut Inherited| from.unix(path).map_or_else(|| unix(path), Ok);
+        let unix = |path: &Path, from: &mut Inherited| from.unix(path).map_or_else(|| unix(path, taking_over), Ok);
         let rpc = tcp(config.listen, until, &mut inherited).with_context(|| format!("listen on {}", config.listen))?;
         let rpc_address = rpc.local_addr()?.as_socket().context("an IP address")?;
         let mut all = vec![(rpc, Protocol::Rpc)];
@@ -63,8 +64,17 @@ impl Inherited {
         self.take(|at| at.as_socket() == Some(address))
     }
     fn unix(&mut self, path: &Path) -> Option<Socket> {
-        self.take(|at| at.as_pathname() == Some(path))
+        self.take(|at| is_at(at, path))
     }
+}
+
+fn is_at(address: &SockAddr, path: &Path) -> bool {
+    address.as_pathname() == Some(path)
+}
+
+/// One of these listens at this path.
+pub(super) fn has_path(sockets: &[Socket], path: &Path) -> bool {
+    sockets.iter().any(|socket| socket.local_addr().is_ok_and(|address| is_at(&address, path)))
 }
 
 /// An ended process may still hold the port for a moment, and say so at either call: both are retried (rule 2).
@@ -87,13 +97,47 @@ fn tcp(address: SocketAddr, until: Instant) -> std::io::Result<Socket> {
     }
 }
 
-pub(super) fn unix(path: &Path) -> std::io::Result<Socket> {
+/// A name that is left of an ended server is taken from it. That it has ended is known by the lock of the disk, the catalog
+/// or NEBD's socket; a process that takes over does not have them yet (but for the last), so it asks.
+pub(super) fn unix(path: &Path, ask: bool) -> std::io::Result<Socket> {
+    if ask && is_listening(path)? {
+        return Err(std::io::ErrorKind::AddrInUse.into());
+    }
     match std::fs::remove_file(path) {
         Err(e) if e.kind() != std::io::ErrorKind::NotFound => return Err(e),
-        _ => {} // the lock on the disk says that no other server of this disk lives
+        _ => {}
     }
     let socket = Socket::new(Domain::UNIX, Type::STREAM, None)?;
     socket.bind(&SockAddr::unix(path)?)?;
     socket.listen(BACKLOG)?;
     Ok(socket)
+}
+
+/// Somebody listens there, perhaps too busy to take us.
+fn is_listening(path: &Path) -> std::io::Result<bool> {
+    let socket = Socket::new(Domain::UNIX, Type::STREAM, None)?;
+    socket.set_nonblocking(true)?;
+    let refused = [std::io::ErrorKind::NotFound, std::io::ErrorKind::ConnectionRefused];
+    Ok(socket.connect(&SockAddr::unix(path)?).map_or_else(|error| !refused.contains(&error.kind()), |()| true))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_name_that_somebody_listens_at_is_not_taken() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("a.sock");
+        let first = unix(&path, true).unwrap();
+        assert_eq!(unix(&path, true).unwrap_err().kind(), std::io::ErrorKind::AddrInUse);
+        let other_spelling = folder.path().join(".").join("a.sock");
+        assert_eq!(unix(&other_spelling, true).unwrap_err().kind(), std::io::ErrorKind::AddrInUse);
+        assert!(is_listening(&path).unwrap(), "it has its name still");
+        assert!(has_path(std::slice::from_ref(&first), &path));
+        drop(first);
+        assert!(path.exists() && !is_listening(&path).unwrap());
+        drop(unix(&path, true).unwrap());
+        drop(unix(&path, false).unwrap());
+    }
 }

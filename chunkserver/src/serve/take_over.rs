@@ -5,6 +5,7 @@
 //! process does.
 
 use super::nebd::{Lock, Prepared};
+use super::sockets::has_path;
 use super::{
     Client, Config, Crew, Disk, Event, Node, Parts, Socket, Stage, raise_fd_limit, serve, start_logging, uring,
 };
@@ -28,6 +29,8 @@ pub(super) struct Predecessor {
     channel: Channel,
     offer: Offer,
     sockets: Vec<OwnedFd>,
+    /// Of NEBD's socket, if it does not have that.
+    nebd_lock: Option<Lock>,
     pause_us: u64,
 }
 
@@ -44,7 +47,7 @@ pub fn take_over(configure: impl FnOnce() -> anyhow::Result<Config>) -> anyhow::
     let Message::Offer(offer) = message else { bail!("nobody hands over on standard input") };
     // The predecessor is told by whoever fails; a second channel to the same socket serves for that.
     let mut teller = Channel::new(std::io::stdin().as_fd().try_clone_to_owned().context("standard input")?.into());
-    let predecessor = Predecessor { channel, offer, sockets: descriptors, pause_us: 0 };
+    let predecessor = Predecessor { channel, offer, sockets: descriptors, nebd_lock: None, pause_us: 0 };
     let result = begin(configure, predecessor);
     if let Err(error) = &result {
         let _ = teller.say(&Message::Refused { why: format!("{error:#}") });
@@ -66,9 +69,12 @@ fn begin(configure: impl FnOnce() -> anyhow::Result<Config>, predecessor: Predec
 }
 
 impl Predecessor {
-    /// Its listening sockets.
-    pub(super) fn take_sockets(&mut self) -> Vec<Socket> {
-        std::mem::take(&mut self.sockets).into_iter().map(Socket::from).collect()
+    /// Its listening sockets. If NEBD's is not among them, nobody else has it either.
+    pub(super) fn take_sockets(&mut self, config: &Config) -> anyhow::Result<Vec<Socket>> {
+        let sockets: Vec<Socket> = std::mem::take(&mut self.sockets).into_iter().map(Socket::from).collect();
+        let new = config.nebd.as_ref().filter(|nebd| !has_path(&sockets, &nebd.socket));
+        self.nebd_lock = new.map(|nebd| Lock::of_new(&nebd.socket)).transpose()?;
+        Ok(sockets)
     }
 
     /// It is the server of this disk, and who we shall be.
@@ -112,7 +118,8 @@ impl Predecessor {
             disk.join(path)?;
         }
         let catalog = CatalogStore::open(&parts.config.catalog())?;
-        let nebd = Prepared::join(parts.config)?.map(|prepared| prepared.start(parts.node.shards, parts.bells));
+        let prepared = Prepared::join(parts.config, self.nebd_lock.take())?;
+        let nebd = prepared.map(|prepared| prepared.start(parts.node.shards, parts.bells));
         crew.go(clients, &catalog.shared(), nebd.as_ref().map(|n| &n.0.server));
         while !parts.pause.is_reported() {
             match happened.recv_timeout(Duration::from_millis(1)) {
@@ -165,20 +172,16 @@ impl Predecessor {
         }
     }
 
-    /// Say that we serve, and be alone with the disk when the old process is gone.
+    /// Say that we serve, now that nothing can prevent it; and be alone with the disk when the old process is gone.
     pub(super) fn confirm(mut self, config: &Config, disk: Option<&Disk>, nebd: Option<&Lock>) -> anyhow::Result<()> {
-        let _ = self.channel.say(&Message::Serving { pause_us: self.pause_us }); // or it is dead already
         let copy =
             |disk: &Disk| std::io::Result::Ok(Disk { file: disk.file.try_clone()?, layout: disk.layout.clone() });
-        let disk = disk
-            .map(copy)
-            .transpose()
-            .map_err(|error: std::io::Error| error)
-            .context("the disk")?
-            .zip(config.data.clone());
+        let disk = disk.map(copy).transpose().context("the disk")?.zip(config.data.clone());
         let nebd = nebd.map(Lock::try_clone).transpose().context("NEBD's lock")?;
+        let (say, said) = std::sync::mpsc::channel::<Channel>();
         std::thread::Builder::new().name("claim".into()).spawn(move || {
-            self.channel.wait_closed();
+            let Ok(mut channel) = said.recv() else { return };
+            channel.wait_closed();
             if let Some((disk, path)) = disk
                 && let Err(error) = disk.claim(&path, CLAIM_WAIT)
             {
@@ -188,9 +191,12 @@ impl Predecessor {
             if let Some(lock) = nebd
                 && let Err(error) = lock.claim(CLAIM_WAIT)
             {
-                tracing::error!(%error, "the lock of NEBD's socket is shared with somebody");
+                tracing::error!(%error, "the lock of NEBD's socket is shared with somebody; leaving");
+                std::process::exit(i32::from(super::EXIT_DISK_FAILED));
             }
         })?;
+        let _ = self.channel.say(&Message::Serving { pause_us: self.pause_us }); // or it is dead already
+        let _ = say.send(self.channel);
         Ok(())
     }
 }

@@ -33,6 +33,8 @@ const WRITE_BACK_WAIT: Duration = Duration::from_secs(3);
 const HOLD_WAIT: Duration = Duration::from_millis(1500);
 /// For the log's last write and everything else the disk is doing. A disk that takes longer is out of service.
 const LEAVE_WAIT: Duration = Duration::from_secs(30);
+/// For a process that is told something to take it.
+const SEND_WAIT: Duration = Duration::from_secs(10);
 /// For a process that has been told to serve to say that it does.
 const SERVING_WAIT: Duration = Duration::from_secs(10);
 /// For the I/O of a killed process to end.
@@ -68,10 +70,11 @@ struct Done {
     connections: usize,
 }
 
-/// Why it was given up, or that nothing can go on.
+/// Why it was given up, or that nothing can go on, or nothing but a process that starts anew.
 enum Failed {
     GivenUp(String),
     Fatal(String),
+    Restart(String),
 }
 
 impl From<ChannelError> for Failed {
@@ -108,7 +111,7 @@ impl Server<'_> {
                 tracing::error!(why, "the new process does not take over; going on");
                 Err(format!("the new process does not take over: {why}; the old one goes on"))
             }
-            Err(Failed::Fatal(why)) => {
+            Err(Failed::Fatal(why) | Failed::Restart(why)) => {
                 tracing::error!("{why}; leaving");
                 Err(why.clone())
             }
@@ -123,6 +126,7 @@ impl Server<'_> {
             Ok(_) => Some(End::HandedOver),
             Err(Failed::GivenUp(_)) => None,
             Err(Failed::Fatal(_)) => Some(End::Code(super::EXIT_DISK_FAILED)),
+            Err(Failed::Restart(_)) => Some(End::Code(1)),
         }
     }
 
@@ -174,6 +178,7 @@ impl Server<'_> {
             "stopped for the new process"
         );
         let connections = clients.len();
+        let on_record = self.nebd_record();
         match self.give(&mut successor.channel, &clients, since_ns, timeout) {
             Ok(()) => {}
             Err(why) => {
@@ -192,9 +197,23 @@ impl Server<'_> {
                 drop(successor);
                 // What it has received from clients and answered them is not known here: they must connect anew.
                 drop(clients);
+                if self.nebd_record() != on_record {
+                    let what = "and it opened or closed files of NEBD, of which only a new start knows";
+                    return Err(Failed::Restart(format!("{why} (after it had the connections, {what})")));
+                }
                 self.go_on(ports, Vec::new())?;
                 Err(Failed::GivenUp(format!("{why} (after it had the connections: they are closed)")))
             }
+        }
+    }
+
+    /// What the metafile says; `None` if that cannot be known. While clients are held nobody writes it but a successor that
+    /// serves.
+    fn nebd_record(&self) -> Option<Vec<u8>> {
+        let Some(nebd) = &self.parts.config.nebd else { return Some(Vec::new()) };
+        match std::fs::read(&nebd.metafile) {
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => Some(Vec::new()),
+            read => read.ok(),
         }
     }
 
@@ -202,6 +221,7 @@ impl Server<'_> {
     fn start(&self, binary: &OsString) -> Result<Successor, Failed> {
         let given_up = |what: &str, error: std::io::Error| Failed::GivenUp(format!("{what}: {error}"));
         let (ours, theirs) = UnixStream::pair().map_err(|e| given_up("a socket pair", e))?;
+        let ours = Channel::with_send_wait(ours, SEND_WAIT).map_err(|e| given_up("a socket pair", e))?;
         let own = std::env::args_os().skip(1).filter(|argument| argument != "--take-over");
         let child = Command::new(binary)
             .args(own)
@@ -209,7 +229,7 @@ impl Server<'_> {
             .stdin(Stdio::from(OwnedFd::from(theirs)))
             .spawn()
             .map_err(|e| given_up(&binary.display().to_string(), e))?;
-        let mut successor = Successor { child, channel: Channel::new(ours), took_over: false };
+        let mut successor = Successor { child, channel: ours, took_over: false };
         let offer = Offer {
             protocol: PROTOCOL,
             version: env!("CARGO_PKG_VERSION").into(),

@@ -39,10 +39,13 @@ impl Shard {
             AdminOp::CreateCopyset { peers } => self.create_copyset(id, &peers, origin, out),
             AdminOp::DeleteCopyset => self.delete_copyset(id, Some(origin), out),
             AdminOp::RestoreCopyset => self.restore_copyset(id, origin, out),
-            AdminOp::CopysetStatus => match self.copyset_status(id).filter(|_| !self.is_retired(id)) {
-                Some(status) => answer(out, origin, ReplyData::Copysets(vec![status])),
-                None => reply(out, origin, Outcome::NoCopyset),
-            },
+            AdminOp::CopysetStatus => {
+                self.wanted(id);
+                match self.copyset_status(id).filter(|_| !self.is_retired(id)) {
+                    Some(status) => answer(out, origin, ReplyData::Copysets(vec![status])),
+                    None => reply(out, origin, Outcome::NoCopyset),
+                }
+            }
             AdminOp::ListCopysets => {
                 let all = self.copyset_statuses().collect();
                 answer(out, origin, ReplyData::Copysets(all));
@@ -148,7 +151,7 @@ impl Shard {
 
     /// Copysets that this replica leads, each with its term, and its ConfEpoch once the leader is ready.
     pub fn led(&self) -> impl Iterator<Item = (CopysetId, u64, Option<u64>)> + '_ {
-        let leads = self.groups.iter().filter(|(_, g)| g.raft.role() == Role::Leader);
+        let leads = self.groups.iter().filter(|(_, g)| g.raft.role() == Role::Leader && g.raft.retired() == 0);
         leads.map(|(&id, g)| (id, g.raft.term(), g.raft.may_read_index().then(|| g.raft.conf().epoch)))
     }
 

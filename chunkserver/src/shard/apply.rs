@@ -144,14 +144,14 @@ impl Shard {
     /// taken from one of them. With one replica there is nobody to repair from: the copyset answers CRC_FAIL, the others go
     /// on (rule 21).
     fn unreadable(&mut self, id: CopysetId, index: u64) {
-        let peers = self.has_peers(id);
+        let may_doubt = self.has_peers(id) || self.is_retired(id);
         let Some(group) = self.groups.get_mut(&id) else { return };
         let header = group.queue.front().and_then(|head| Header::decode(head.header()?).ok());
-        if let Some(header) = header.filter(|_| peers)
-            && self.store.doubt(id, index, header.chunk, self.now.0)
+        if let Some(header) = header.filter(|h| may_doubt || self.store.is_over(id, h.chunk, index))
+            && self.store.apply_lost(id, index, header.chunk, header.sn, self.now.0)
             && let Some(head) = group.queue.pop_front()
         {
-            tracing::error!(copyset = ?id, index, "a committed log entry is unreadable; its chunk is asked of a peer");
+            tracing::error!(copyset = ?id, index, "a committed log entry is unreadable; its chunk, if it lives, is asked of a peer");
             (group.applied, group.fetch_failures) = (head.index, 0);
             group.raft.applied(head.index);
             self.mark_dirty(id);

@@ -146,6 +146,7 @@ impl Shard {
             wedged: false,
             now,
             next_tick: now,
+            even_tick: false,
             seal_at: Instant::FAR,
             incarnations: 0,
             starved: false,
@@ -276,7 +277,6 @@ impl Shard {
             tracing::error!(shard = self.config.shard, ?report, "the log has lost records that were durable");
         }
         *self.log.borrow_mut() = log;
-        // With one replica there is nobody to repair from: these answer CRC_FAIL (rule 21).
         self.lost = report.suspects.iter().copied().chain(report.rot.iter().filter_map(|rot| rot.copyset)).collect();
         self.forgetful = report.rot.iter().any(|rot| rot.copyset.is_none());
         let (extents, config) = (Arc::clone(&self.extents), StoreConfig::default());
@@ -362,13 +362,12 @@ impl Shard {
 
     /// Make a copyset live from what the log says of it.
     pub(super) fn start_copyset(&mut self, id: CopysetId) -> Result<(), Failure> {
-        let lost = self.lost.contains(&id);
         let config = copyset::Config {
             seed: self.config.seed ^ id.0.rotate_left(17),
             // What is proposed is bounded by the shard: it makes writes wait, a copyset would refuse them (rule 25).
             max_waiting: usize::MAX,
             max_waiting_bytes: usize::MAX,
-            suspect: lost,
+            suspect: self.lost.contains(&id),
             // Idle copysets cost heartbeats and nothing else; of three in T, two may be late.
             heartbeat_ns: 2 * self.tick_ns(),
             ..copyset::Config::new(id, self.config.peer, 0).with_election_timeout(self.config.election_ms * 1_000_000)
@@ -380,6 +379,7 @@ impl Shard {
         };
         let raft =
             Copyset::new(config, Rc::clone(&self.log), self.now.0).map_err(|e| Failure::Copyset(id, e.to_string()))?;
+        let suspect = raft.is_suspect();
         let alone = !raft.conf().voters.iter().any(|&voter| voter != self.config.peer);
         let group = Group {
             raft,
@@ -392,10 +392,10 @@ impl Shard {
             unpersisted: false,
             applying: false,
             follow: super::follow::Follow::default(),
-            damaged: lost && alone,
+            damaged: suspect && alone,
         };
         self.groups.insert(id, group);
-        if lost && !alone {
+        if suspect && !alone {
             self.suspect(id);
         }
         self.store.add_copyset(id, incarnation);

@@ -1,14 +1,19 @@
 //! Old entries for peers that lag: payloads that are no longer in memory are read back from the log zone, a bounded
-//! number of bytes at a time, and given up again as soon as raft has made its messages of them.
+//! number of bytes at a time, and given up again as soon as raft has made its messages of them. In the same way a tail
+//! comes back into memory that is to be logged again, after a restart.
 
-use super::{DISK, Effects, Shard, Task};
+use super::{DISK, Effects, Group, Shard, Task};
+use crate::io::Instant;
 use crate::io::buffer::PoolBuf;
 use crate::io::{Errno, Op};
-use raftlog::{BLOCK, CopysetId, crc32c};
+use copyset::Role;
+use raftlog::{BLOCK, CopysetId, Log, crc32c};
 use std::collections::BTreeMap;
 
 /// Payload bytes read back for peers at once, unless one entry alone is longer.
 const BYTES_MAX: usize = 8 << 20;
+/// Between two attempts to get tails back, milliseconds.
+const TAILS_MS: u64 = 100;
 
 /// Entries `low..high` of a copyset, on their way into memory.
 #[derive(Debug)]
@@ -29,6 +34,7 @@ pub(super) struct CatchUp {
     bytes: usize,
     /// Ranges whose messages the next `ready` makes.
     lent: Vec<(CopysetId, u64, u64)>,
+    tails_at: Instant,
 }
 
 impl CatchUp {
@@ -41,8 +47,33 @@ impl CatchUp {
 impl Shard {
     /// A copyset needs payloads of `low..high` in memory.
     pub(super) fn fetch_for_peers(&mut self, id: CopysetId, low: u64, high: u64) {
+        if self.catch_up.fetching.contains_key(&id) {
+            // Its tail is being fetched, since it was a follower: raft asks again.
+            return self.groups.get_mut(&id).into_iter().for_each(|group| group.raft.fetched(low, false));
+        }
         let fetching = Fetching { low, high, next: low, in_flight: 0, bytes: 0, failed: false };
         self.catch_up.fetching.insert(id, fetching);
+    }
+
+    /// These followers' tails up to these indexes are to be logged again, and are not in memory after a restart. (What a
+    /// leader needs it asks for itself.)
+    pub(super) fn fetch_tails(&mut self, log: &Log, tails: &[(CopysetId, u64)]) {
+        if self.catch_up.tails_at > self.now {
+            return;
+        }
+        self.catch_up.tails_at = self.now.after_ms(TAILS_MS);
+        for &(id, last) in tails {
+            let follows = |group: &Group| group.raft.role() != Role::Leader && !group.damaged;
+            let follows = self.groups.get(&id).is_some_and(follows);
+            let Some(index) = log.index(id).filter(|_| follows && !self.catch_up.fetching.contains_key(&id)) else {
+                continue;
+            };
+            let low = index.first_index();
+            let bytes = (low..=last).filter_map(|n| index.payload_len(n)).sum::<usize>();
+            if bytes <= BYTES_MAX && !(low..=last).any(|n| index.is_rotten(n)) {
+                self.fetch_for_peers(id, low, last + 1);
+            }
+        }
     }
 
     /// Read on, as far as there is memory.

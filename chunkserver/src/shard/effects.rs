@@ -52,6 +52,25 @@ impl Shard {
         }
     }
 
+    /// A client wants something of a copyset, or wants to know who leads it: it may be idle.
+    pub(super) fn wanted(&mut self, id: CopysetId) {
+        let now = self.now.0;
+        if let Some(group) = self.groups.get_mut(&id) {
+            group.raft.wanted(now);
+            if group.raft.dirty() {
+                self.mark_dirty(id);
+            }
+        }
+    }
+
+    pub(super) fn mark_dirty(&mut self, id: CopysetId) {
+        if let Some(group) = self.groups.get_mut(&id)
+            && !std::mem::replace(&mut group.dirty, true)
+        {
+            self.dirty.push(id);
+        }
+    }
+
     /// All of raft's news of this turn is in the log.
     pub(super) fn all_ready(&mut self) {
         self.proposed_cost = 0;
@@ -73,10 +92,13 @@ impl Shard {
         self.next_tick = Instant::FAR;
         self.leave_slow_disk();
         let lives = |group: &super::Group| group.raft.needs_ticks() && !group.damaged && group.raft.retired() == 0;
+        // A tick is half a heartbeat, and who is idle has time.
+        self.even_tick = !self.even_tick;
         for (&id, group) in self.groups.iter_mut().filter(|(_, group)| lives(group)) {
             self.next_tick = next;
-            group.raft.tick(self.now.0);
-            if group.raft.dirty() && !std::mem::replace(&mut group.dirty, true) {
+            let waits = self.even_tick && group.raft.is_idle();
+            if !waits && group.raft.tick(self.now.0) && group.raft.dirty() && !std::mem::replace(&mut group.dirty, true)
+            {
                 self.dirty.push(id);
             }
         }

@@ -7,6 +7,7 @@ use super::{DISK, Effects, Group, Shard, State, Task};
 use crate::chunk::RoundIo;
 use crate::io::{Instant, Op};
 use raftlog::{BLOCK, CopysetId, Log, Seq};
+use std::rc::Rc;
 
 /// Device writes of a round in flight, with room for new writes and without.
 const DEPTH_MIN: usize = 8;
@@ -207,16 +208,23 @@ impl Shard {
     }
 
     /// Rule 8: copysets that say nothing new must not pin the oldest segment when space is short.
-    fn release_oldest(&self, written: &mut Checkpoints) {
-        let mut log = self.log.borrow_mut();
+    fn release_oldest(&mut self, written: &mut Checkpoints) {
+        let log = Rc::clone(&self.log);
+        let mut log = log.borrow_mut();
         if log.used_bytes() * 2 < log.capacity_bytes() && !self.writes_wait() {
             return;
         }
+        let mut absent = Vec::new();
         for id in log.pinning() {
-            if !written.iter().any(|w| w.1 == id) && !self.broken.contains(&id) && self.can_relog(&log, id) {
-                written.push((log.relog(id), id, 0));
+            if written.iter().any(|w| w.1 == id) || self.broken.contains(&id) || !self.can_relog(&log, id) {
+                continue;
+            }
+            match log.index(id).map(|index| (index.not_resident().is_empty(), index.last_index())) {
+                Some((false, last)) => absent.push((id, last)),
+                _ => written.push((log.relog(id), id, 0)),
             }
         }
+        self.fetch_tails(&log, &absent);
     }
 
     fn round_end(&mut self, out: &mut Effects) -> bool {
@@ -253,10 +261,10 @@ impl Shard {
         log.used_bytes() * 2 >= log.capacity_bytes() || self.writes_wait() || slots
     }
 
-    /// A tail that is in memory, and short or stuck: without a quorum nothing of it is on its way to be applied. One that
+    /// A tail that is short or stuck: without a quorum nothing of it is on its way to be applied. One that
     /// is on its way is covered by the next round's checkpoint; to log it again would take the very space that is short.
     fn can_relog(&self, log: &Log, id: CopysetId) -> bool {
-        let Some(index) = log.index(id).filter(|index| index.not_resident().is_empty()) else { return false };
+        let Some(index) = log.index(id) else { return false };
         let entries = index.last_index() + 1 - index.first_index();
         let bytes = (index.first_index()..=index.last_index()).filter_map(|n| index.payload_len(n)).sum::<usize>();
         let stuck = |group: &Group| {

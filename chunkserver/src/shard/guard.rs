@@ -13,7 +13,7 @@ use std::collections::VecDeque;
 /// Changes remembered; beyond that the oldest are forgotten.
 const REMEMBERED_MAX: usize = 65_536;
 
-/// Changes that were sent more than once, with the latest attempt.
+/// Changes of which an attempt was lost, with the latest attempt.
 #[derive(Debug, Default)]
 pub(super) struct Guards {
     latest: FxHashMap<(u64, u64), u32>,

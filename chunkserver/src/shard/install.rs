@@ -7,7 +7,7 @@
 //! committed entries is elected by nobody. While chunks are taken in, nothing of the copyset is applied: an entry that
 //! can be applied after all ends the installation.
 
-use super::bulk::{Bulk, PIECE_BYTES};
+use super::bulk::{Bulk, PIECE_BYTES, pieces};
 use super::{Effects, Shard};
 use crate::chunk::ChunkInfo;
 use crate::io::Instant;
@@ -227,8 +227,7 @@ impl Shard {
             }
             if install.pieces.is_empty() {
                 let Some(info) = install.todo.pop_front() else { break };
-                let cuts = (0..chunk_size).step_by(size as usize);
-                install.pieces.extend(cuts.map(|at| (info.chunk, at, size.min(chunk_size - at))));
+                install.pieces.extend(pieces(chunk_size, size).map(|(at, len)| (info.chunk, at, len)));
                 install.taking.insert(info.chunk, Taking { info: None, left: install.pieces.len() as u32 });
             }
             let Some((chunk, offset, len)) = install.pieces.pop_front() else { break };

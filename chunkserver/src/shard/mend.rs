@@ -10,7 +10,7 @@
 //!
 //! The wire has nothing of its own for this: these are the questions and pieces of a raft snapshot (`bulk.rs`).
 
-use super::bulk::{Bulk, PIECE_BYTES};
+use super::bulk::{Bulk, PIECE_BYTES, pieces};
 use super::read::Job;
 use super::request::{Outcome, Request};
 use super::supply::PEERS;
@@ -29,6 +29,8 @@ const PATIENCE_MS: u64 = 200;
 const LOOK_MS: u64 = 500;
 /// Pieces of a chunk asked for at once.
 const PIECES_MAX: usize = 4;
+/// Who has begun to send a chunk is asked so often for what is missing before another one is asked for all of it.
+const AGAIN_MAX: u32 = 5;
 /// Rounds of all other replicas that are asked.
 const ROUNDS: usize = 3;
 /// A read is mended in vain at most this often, and from so many times on by taking in its whole chunk.
@@ -61,10 +63,13 @@ struct Mend {
     peer: u64,
     tries: usize,
     due: Instant,
+    /// How often it has been asked again since its last piece.
+    again: u32,
     /// What blocks taken in are told apart by; of each attempt its own.
     version: u64,
     reads: Vec<Job>,
-    requests: Vec<Request>,
+    /// Each with the term it came in: in another one it is not proposed any more (rule 30).
+    requests: Vec<(Request, u64)>,
 }
 
 /// What is being mended on a shard.
@@ -75,7 +80,7 @@ pub(super) struct Mends {
     look: Option<Instant>,
     /// Chunks that nobody could supply: when they are asked for again, and how often that was in vain.
     failed: BTreeMap<(CopysetId, u64), (Instant, u32)>,
-    attempts: u64,
+    pub(super) attempts: u64,
 }
 
 impl Mends {
@@ -90,15 +95,16 @@ impl Mends {
     }
 }
 
-/// All pieces of a chunk.
-fn pieces(chunk_size: u32) -> VecDeque<(u32, u32)> {
-    (0..chunk_size).step_by(PIECE_BYTES as usize).map(|at| (at, PIECE_BYTES.min(chunk_size - at))).collect()
-}
-
 impl Shard {
+    fn term_of(&self, id: CopysetId) -> u64 {
+        self.groups.get(&id).map_or(0, |group| group.raft.term())
+    }
+
     /// There are other replicas that may have what is lost here.
     pub(super) fn has_peers(&self, id: CopysetId) -> bool {
-        let Some(group) = self.groups.get(&id).filter(|group| !group.damaged) else { return false };
+        let Some(group) = self.groups.get(&id).filter(|group| !group.damaged && group.raft.retired() == 0) else {
+            return false;
+        };
         group.raft.conf().voters.iter().any(|&voter| voter != self.config.peer)
     }
 
@@ -134,12 +140,12 @@ impl Shard {
         if !self.has_peers(id) || !self.may_take_in((id, chunk)) {
             return Some(request);
         }
-        let size = self.layout.chunk_size;
+        let (size, term) = (self.layout.chunk_size, self.term_of(id));
         let mend = self.mends.jobs.entry((id, chunk)).or_insert_with(|| Mend::whole(size));
         if mend.requests.len() >= WAITING_MAX {
             return Some(request);
         }
-        mend.requests.push(request);
+        mend.requests.push((request, term));
         None
     }
 
@@ -175,6 +181,7 @@ impl Shard {
     /// One chunk in doubt of each copyset that could be taken in.
     fn find_doubts(&mut self) {
         let any = self.store.suspect_chunks() > 0;
+        self.mends.failed.retain(|key, _| self.store.is_doubtful(key.0, key.1));
         self.mends.look = any.then(|| self.now.after_ms(LOOK_MS));
         if !any || !self.replay_over {
             return;
@@ -193,9 +200,9 @@ impl Shard {
         }
     }
 
-    /// Ask the next replica; after some rounds of all of them, give up for now.
+    /// Ask again for what is missing, or ask the next replica; after some rounds of all of them, give up for now.
     fn ask_next(&mut self, key: (CopysetId, u64), out: &mut Effects) {
-        let (id, chunk) = key;
+        let id = key.0;
         let size = self.layout.chunk_size;
         let (mut others, leader, index) = match self.groups.get(&id) {
             Some(group) => (group.raft.conf().voters.clone(), group.raft.leader(), group.applied),
@@ -204,25 +211,40 @@ impl Shard {
         others.retain(|&voter| voter != self.config.peer);
         others.sort_by_key(|&voter| voter != leader);
         let Some(mend) = self.mends.jobs.get_mut(&key) else { return };
-        if mend.tries >= ROUNDS * others.len() || self.installs.takes(id) {
+        if self.installs.takes(id) {
+            return self.end_mend(key, false, out);
+        }
+        if let What::Whole { asked, info: Some(_), .. } = &mend.what
+            && mend.again < AGAIN_MAX
+            && others.contains(&mend.peer)
+        {
+            (mend.again, mend.due) = (mend.again + 1, self.now.after_ms(PATIENCE_MS));
+            let (asks, to) = (asked.clone(), mend.peer);
+            return self.ask_for(key, to, index, &asks, out);
+        }
+        if mend.tries >= ROUNDS * others.len() {
             return self.end_mend(key, false, out);
         }
         mend.peer = others.get(mend.tries % others.len()).copied().unwrap_or(0);
         mend.tries += 1;
         self.mends.attempts += 1;
         mend.version = VERSIONS | self.mends.attempts;
-        mend.due = self.now.after_ms(PATIENCE_MS);
+        (mend.again, mend.due) = (0, self.now.after_ms(PATIENCE_MS));
         let asks: Vec<(u32, u32)> = match &mut mend.what {
             What::Block { offset } => vec![(*offset, BLOCK as u32)],
             What::Whole { todo, asked, info } => {
-                (*todo, *info) = (pieces(size), None);
+                (*todo, *info) = (pieces(size, PIECE_BYTES).collect(), None);
                 asked.clear();
                 asked.extend(todo.drain(..PIECES_MAX.min(todo.len())));
                 asked.clone()
             }
         };
         let to = mend.peer;
-        for (offset, len) in asks {
+        self.ask_for(key, to, index, &asks, out);
+    }
+
+    fn ask_for(&self, (id, chunk): (CopysetId, u64), to: u64, index: u64, asks: &[(u32, u32)], out: &mut Effects) {
+        for &(offset, len) in asks {
             self.send_bulk(id, to, &Bulk::AskPiece { index, chunk, offset, len }, Bytes::new(), out);
         }
     }
@@ -260,10 +282,11 @@ impl Shard {
                 let Some(at) = asked.iter().position(|&piece| piece == (offset, len)) else { return };
                 let Some(info) = info else {
                     // Deleted at or behind the own index: so will it be here.
-                    return self.end_mend(key, false, out);
+                    self.store.doubt_gone(id, index, chunk, self.now.0);
+                    return self.end_mend(key, true, out);
                 };
                 if first.is_some_and(|first| first.created != info.created) {
-                    mend.due = self.now; // another life of it: from the beginning
+                    (mend.due, mend.again) = (self.now, AGAIN_MAX); // another life of it: from the beginning
                     return;
                 }
                 asked.swap_remove(at);
@@ -272,7 +295,7 @@ impl Shard {
                 let (next, first) = (todo.pop_front(), first.unwrap_or(info));
                 asked.extend(next);
                 let over = asked.is_empty();
-                mend.due = self.now.after_ms(PATIENCE_MS);
+                (mend.due, mend.again) = (self.now.after_ms(PATIENCE_MS), 0);
                 let (to, version) = (mend.peer, mend.version);
                 if begins && !self.take_in_begin(id, chunk, info.created) {
                     return self.end_mend(key, false, out);
@@ -320,8 +343,12 @@ impl Shard {
         for job in mend.reads {
             if well { self.read_again(job, out) } else { self.give_up_read(job, out) }
         }
-        for request in mend.requests {
-            if well { self.chunk_request(request, out) } else { reply(out, request.origin, Outcome::CrcFail) }
+        for (request, term) in mend.requests {
+            match well {
+                true if self.term_of(key.0) != term => self.redirect(key.0, request.origin, out),
+                true => self.chunk_request(request, out),
+                false => reply(out, request.origin, Outcome::CrcFail),
+            }
         }
         if self.store.suspect_chunks() > 0 {
             self.mends.look.get_or_insert(self.now.after_ms(if well { 0 } else { LOOK_MS }));
@@ -337,7 +364,7 @@ impl Shard {
     pub(super) fn stop_mends(&mut self, id: Option<CopysetId>, outcome: Outcome, out: &mut Effects) {
         self.mends.failed.retain(|key, _| id.is_some_and(|id| key.0 != id));
         for (_, mend) in self.mends.jobs.extract_if(.., |key, _| id.is_none_or(|id| key.0 == id)) {
-            for origin in mend.reads.iter().map(|job| job.origin).chain(mend.requests.iter().map(|r| r.origin)) {
+            for origin in mend.reads.iter().map(|job| job.origin).chain(mend.requests.iter().map(|r| r.0.origin)) {
                 reply(out, origin, outcome);
             }
         }
@@ -346,11 +373,11 @@ impl Shard {
 
 impl Mend {
     fn new(what: What) -> Self {
-        Self { what, peer: 0, tries: 0, due: Instant(0), version: 0, reads: Vec::new(), requests: Vec::new() }
+        Self { what, peer: 0, tries: 0, due: Instant(0), again: 0, version: 0, reads: Vec::new(), requests: Vec::new() }
     }
 
     fn whole(chunk_size: u32) -> Self {
-        Self::new(What::Whole { todo: pieces(chunk_size), asked: Vec::new(), info: None })
+        Self::new(What::Whole { todo: pieces(chunk_size, PIECE_BYTES).collect(), asked: Vec::new(), info: None })
     }
 
     fn start_whole(&mut self, chunk_size: u32) {

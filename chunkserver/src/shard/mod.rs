@@ -258,6 +258,8 @@ pub struct Shard {
     fetch_at: Instant,
     boot_retry: boot::Retry,
     next_tick: Instant,
+    /// Every other tick, which idle copysets do without.
+    even_tick: bool,
     /// When an idle log says that all of it is durable (rule 5).
     seal_at: Instant,
     incarnations: u64,
@@ -545,14 +547,6 @@ impl Shard {
 
     fn submit(&mut self, out: &mut Effects, task: Task, op: Op) {
         out.ops.push((self.tasks.insert(task) as u64, op));
-    }
-
-    fn mark_dirty(&mut self, id: CopysetId) {
-        if let Some(group) = self.groups.get_mut(&id)
-            && !std::mem::replace(&mut group.dirty, true)
-        {
-            self.dirty.push(id);
-        }
     }
 
     /// Collect what raft wants done; true if there was anything.

@@ -69,7 +69,10 @@ impl Shard {
                 self.supply_piece(id, from, index, (chunk, offset, len), out);
             }
             Ok(Bulk::List { index, from: first, more, chunks }) => self.listed(id, from, index, first, more, chunks),
-            Ok(piece @ Bulk::Piece { .. }) => self.piece(id, from, piece, payload, out),
+            Ok(piece @ Bulk::Piece { .. }) => {
+                self.piece(id, from, piece, payload, out);
+                self.supply_step(out); // what it mended may have been waited for to be supplied
+            }
             Ok(Bulk::AskState { last }) => self.tell_state(id, from, last, out),
             Ok(Bulk::State { term, last }) => self.told_state(id, from, term, last),
             Err(error) => {

@@ -17,6 +17,7 @@ pub(super) struct Deferred {
 impl Shard {
     pub(super) fn chunk_request(&mut self, request: Request, out: &mut Effects) {
         let RequestOp::Chunk { chunk, ref op } = request.op else { return };
+        self.wanted(request.copyset);
         let Some(group) = self.groups.get(&request.copyset) else {
             let broken = self.broken.contains(&request.copyset);
             return reply(out, request.origin, if broken { Outcome::CrcFail } else { Outcome::NoCopyset });

@@ -201,6 +201,8 @@ impl Shard {
                     (next.stales, next.rots, next.mends) = (job.stales, job.rots, job.mends);
                     return self.run(next, out);
                 }
+                // Another read found more rot, and the whole chunk is being taken in.
+                Err(Outcome::CrcFail) => return self.read_lost(job, out),
                 Err(outcome) => job.failed = Some(outcome),
             }
         } else if job.rot || job.stale {
@@ -266,6 +268,10 @@ impl Shard {
         let len = (hash.end - next).min(HASH_STEP);
         match self.store.read(job.copyset, job.chunk, next, len) {
             Ok(plan) => self.run(Job::new(origin, job.copyset, job.chunk, next, len, plan, Some(hash)), out),
+            Err(Outcome::CrcFail) => {
+                let none = ReadPlan::none();
+                self.read_lost(Job::new(origin, job.copyset, job.chunk, next, len, none, Some(hash)), out)
+            }
             Err(outcome) => reply(out, origin, outcome),
         }
     }

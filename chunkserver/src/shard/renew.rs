@@ -176,9 +176,12 @@ impl Shard {
         let Some(group) = self.groups.get_mut(&id) else { return };
         assert!(group.queue.is_empty() && group.applied == index, "a copyset at rest is renewed");
         group.follow.forget();
-        let suspect = group.raft.is_suspect();
+        let (suspect, asks) = (group.raft.is_suspect(), group.raft.wants_word());
         self.tail_applied(id);
         self.store.checkpoint_durable(id, index);
+        if asks {
+            self.suspect(id); // in the trash it asked nobody
+        }
         if !suspect {
             self.lost.retain(|&lost| lost != id);
         }

@@ -112,7 +112,7 @@ pub struct Guard {
     pub client: u64,
     /// The change, among the sender's.
     pub id: u64,
-    /// How often it was sent before. Once a later attempt came, earlier ones are not done any more.
+    /// How often it was sent before without an answer. Once a later attempt came, earlier ones are not done any more.
     pub attempt: u32,
     /// Term in which the addressee led when it was sent, 0 if not known: it is done in no other.
     pub term: u64,

@@ -45,8 +45,8 @@ impl Slow {
         }
     }
 
-    /// Whether leaders shall leave now. A write that does not come back counts for what it has taken so far.
-    fn leave(&mut self, now: Instant, timeout_ns: u64) -> bool {
+    /// Time has passed. A write that does not come back counts for what it has taken so far.
+    fn observe(&mut self, now: Instant, timeout_ns: u64) {
         let oldest = self.flights.first().map_or(0, |flight| now.since_ns(flight.1));
         let cost = self.average.max(oldest);
         if cost >= timeout_ns / SLOW_PART {
@@ -54,7 +54,11 @@ impl Slow {
         } else if cost <= timeout_ns / FAST_PART {
             self.since = None;
         }
-        let slow = self.since.is_some_and(|since| since.after_ms(PATIENCE_MS) <= now);
+    }
+
+    /// Whether leaders shall leave now, if there are any.
+    fn leave(&mut self, now: Instant) -> bool {
+        let slow = self.is_slow(now);
         let rested = self.left_at.is_none_or(|left| left.after_ms(PAUSE_MS) <= now);
         if slow && rested {
             self.left_at = Some(now);
@@ -71,16 +75,16 @@ impl Slow {
 impl Shard {
     /// Hand over what is led here, if the device has become slow.
     pub(super) fn leave_slow_disk(&mut self) {
+        self.slow.observe(self.now, self.config.election_ms * 1_000_000);
         self.metrics.set(Counter::SlowDisk, u64::from(self.slow.is_slow(self.now)));
-        let leads = self.groups.values().any(|group| group.raft.is_leader_ready());
-        if !leads || !self.slow.leave(self.now, self.config.election_ms * 1_000_000) {
+        let led = self.groups.iter().filter(|(_, group)| group.raft.is_leader_ready());
+        let ids: Vec<CopysetId> = led.map(|(&id, _)| id).filter(|&id| self.has_peers(id)).collect();
+        if ids.is_empty() || !self.slow.leave(self.now) {
             return;
         }
-        let ids: Vec<CopysetId> = self.groups.keys().copied().collect();
         for id in ids {
-            let peers = self.has_peers(id);
-            let Some(group) = self.groups.get_mut(&id).filter(|_| peers) else { continue };
-            if group.raft.is_leader_ready() && group.raft.transfer_leader(self.now.0, 0).is_ok() {
+            let Some(group) = self.groups.get_mut(&id) else { continue };
+            if group.raft.transfer_leader(self.now.0, 0).is_ok() {
                 tracing::warn!(copyset = ?id, average_ns = self.slow.average, "leadership leaves a slow disk");
                 self.metrics.add(Counter::LeadersLeft, 1);
                 self.mark_dirty(id);
@@ -99,7 +103,13 @@ mod tests {
         slow.started(Instant(*now * MS), WriteId(1));
         *now += ms;
         slow.done(Instant(*now * MS), WriteId(1));
-        slow.leave(Instant(*now * MS), 400 * MS)
+        tick(slow, *now)
+    }
+
+    /// What a shard that leads does.
+    fn tick(slow: &mut Slow, now: u64) -> bool {
+        slow.observe(Instant(now * MS), 400 * MS);
+        slow.leave(Instant(now * MS))
     }
 
     #[test]
@@ -122,8 +132,8 @@ mod tests {
     fn a_write_that_never_comes_back_is_slow() {
         let mut slow = Slow::default();
         slow.started(Instant(0), WriteId(1));
-        assert!(!slow.leave(Instant(100 * MS), 400 * MS));
-        assert!(!slow.leave(Instant(1_000 * MS), 400 * MS));
-        assert!(slow.leave(Instant(1_100 * MS), 400 * MS));
+        assert!(!tick(&mut slow, 100));
+        assert!(!tick(&mut slow, 1_000));
+        assert!(tick(&mut slow, 1_100));
     }
 }

@@ -43,6 +43,8 @@ struct Piece {
     /// than they say, never older.
     at: u64,
     info: Option<ChunkInfo>,
+    /// What it was is nothing to go by.
+    doubtful: bool,
     /// Counts against the limit.
     limited: bool,
 }
@@ -107,7 +109,9 @@ impl Shard {
         }
         let at = self.groups.get(&copyset).map_or(0, |group| group.applied);
         let info = self.store.chunk_info(copyset, chunk);
-        let slot = self.supply.reading.insert(Piece { copyset, to, chunk, offset, len, at, info, limited }) as u32;
+        let doubtful = self.store.is_doubtful(copyset, chunk);
+        let piece = Piece { copyset, to, chunk, offset, len, at, info, doubtful, limited };
+        let slot = self.supply.reading.insert(piece) as u32;
         self.read(Origin { shard: PEERS, slot, serial: 0 }, copyset, chunk, offset, len, out);
     }
 
@@ -147,16 +151,20 @@ impl Shard {
 
     fn piece_read(&mut self, reply: Reply, out: &mut Effects) {
         let Some(piece) = self.supply.reading.try_remove(reply.origin.slot as usize) else { return };
-        let Piece { copyset: id, to, chunk, offset, len, at: index, info, limited } = piece;
+        let Piece { copyset: id, to, chunk, offset, len, at: index, info, doubtful, limited } = piece;
         let free = |throttle: &mut Throttle| throttle.give_back(if limited { len } else { 0 });
+        if doubtful {
+            return free(&mut self.throttle); // it is mended by now, or never will be: the peer asks again
+        }
         let parts = match (reply.outcome, reply.data) {
             (Outcome::Success, ReplyData::Data(parts)) if info.is_some() => parts,
-            (Outcome::Success | Outcome::NoChunk, _) => {
+            (Outcome::Success | Outcome::NoChunk, _) if info.is_none() => {
                 free(&mut self.throttle);
                 let gone = Bulk::Piece { index, chunk, offset, len, info: None, crcs: Vec::new() };
                 return self.send_bulk(id, to, &gone, Bytes::new(), out);
             }
-            _ => return free(&mut self.throttle), // rot, a device error: the peer asks again, here or elsewhere
+            // Rot, a device error, deleted meanwhile: the peer asks again, here or elsewhere.
+            _ => return free(&mut self.throttle),
         };
         let Some(mut buf) = self.arenas.payload.alloc(len as usize) else {
             free(&mut self.throttle);

@@ -44,7 +44,8 @@ impl Shard {
             return;
         }
         let groups = &self.groups;
-        let wants = |id: &CopysetId| groups.get(id).is_some_and(|group| group.raft.wants_word());
+        let wants =
+            |id: &CopysetId| groups.get(id).is_some_and(|group| group.raft.wants_word() && group.raft.retired() == 0);
         self.suspects.told.retain(|id, _| wants(id));
         let open = !self.suspects.told.is_empty();
         self.suspects.next = if open { self.now.after_ms(ASK_MS) } else { Instant::FAR };

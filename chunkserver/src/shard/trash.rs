@@ -1,8 +1,9 @@
 //! The trash: replicas that were deleted and keep their chunks for a while, in case it was a mistake.
 //!
-//! A replica in the trash is as good as gone: it answers nobody, hears nobody, says nothing, and has no time. Its group
-//! stays, so that its log is released and its dirty data written back as ever. That it is there is in every checkpoint of it
-//! from the first on, whose durability is waited for before the deletion is answered; so it is there after a crash too.
+//! A replica in the trash is as good as gone: it answers nobody, hears nobody, says nothing, and has no time; a sole voter
+//! leads there, unheard, so that its log comes to an end. Its group stays, so that its log is released and its dirty data
+//! written back as ever. That it is there is in every checkpoint of it from the first on, whose durability is waited for
+//! before the deletion is answered; so it is there after a crash too.
 //! When it has been there long enough, is deleted again or is created anew, it is purged as any other. Until then it can be
 //! taken out of it (`renew.rs`): it goes on as after a restart, with what the others have done meanwhile to be caught up.
 
@@ -26,6 +27,10 @@ impl Shard {
         let checkpoint = group.raft.checkpoint_at(index);
         let seq = self.log.borrow_mut().checkpoint(id, checkpoint);
         self.silence(id, Outcome::NoCopyset, out);
+        if let Some(group) = self.groups.get_mut(&id) {
+            group.raft.step_down(); // nobody will answer it: what it has proposed is settled now
+        }
+        self.mark_dirty(id);
         self.await_record(id, seq, origin, Then::Answer);
         self.trash_at = self.now;
     }

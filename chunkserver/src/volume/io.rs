@@ -3,6 +3,10 @@
 //! Promises: an I/O ends exactly once, and only when none of its requests is in flight (a late piece of a failed
 //! write could otherwise overtake the client's next one); requests that were not done for a passing reason are asked
 //! again with back-off until the deadline; a read of an absent chunk is zeros; data is shared, never copied.
+//!
+//! Limit: what makes repeats harmless is counted within one I/O and what repeats it by [`VolumeIo::after`]. Whoever asks
+//! anew, because he was told that an I/O failed or lives after this process, is somebody else to the servers: a write that
+//! lies unread in its leader's connection may still be done in that leader's term (decision 0018).
 
 use crate::io::Instant;
 use crate::shard::request::{BlockCrcs, ChunkOp, Outcome, Reply, ReplyData, RequestOp};
@@ -118,7 +122,7 @@ pub struct Part {
     pub part: u32,
     /// Which of the I/O's requests it is, from 0; the same for all its attempts.
     pub instance: u32,
-    /// How often it was asked before.
+    /// How many attempts were lost before ([`VolumeIo::lost`]).
     pub attempt: u32,
 }
 
@@ -152,7 +156,10 @@ struct Slot {
     /// Kept for asking again.
     payload: Option<Payload>,
     instance: u32,
+    /// Answers that were no success.
     attempts: u32,
+    /// See [`Part::attempt`].
+    lost: u32,
 }
 
 #[derive(Debug)]
@@ -174,6 +181,8 @@ pub struct VolumeIo {
     slots: SmallVec<[Slot; 1]>,
     /// Requests begun so far.
     begun: u32,
+    /// What [`Slot::lost`] begins with, and the most it came to.
+    lost: (u32, u32),
     asked: usize,
     waiting: usize,
     failed: Option<VolumeError>,
@@ -208,11 +217,33 @@ impl VolumeIo {
             deadline,
             slots: SmallVec::new(),
             begun: 0,
+            lost: (0, 0),
             asked: 0,
             waiting: 0,
             failed: None,
             done: false,
         })
+    }
+
+    /// It repeats an I/O that failed, whose [`Self::lost_max`] came to this: its attempts are later ones.
+    #[must_use]
+    pub fn after(mut self, lost: u32) -> Self {
+        self.lost = (lost, lost);
+        self
+    }
+
+    /// How many attempts of one of its requests were lost at most, those of the I/Os it repeats too.
+    #[must_use]
+    pub const fn lost_max(&self) -> u32 {
+        self.lost.1
+    }
+
+    /// The attempt in flight was sent and has no answer, so it may come late: the next one says that it is another one.
+    pub fn lost(&mut self, part: u32) {
+        if let Some(slot) = self.slots.get_mut(part as usize) {
+            slot.lost += 1;
+            self.lost.1 = self.lost.1.max(slot.lost);
+        }
     }
 
     /// Whose bytes these are.
@@ -238,7 +269,7 @@ impl VolumeIo {
         slot.state = State::Asked;
         self.asked += 1;
         let (copyset, part) = (slot.extent.copyset, at as u32);
-        Some(Part { copyset, op, part, instance: slot.instance, attempt: slot.attempts })
+        Some(Part { copyset, op, part, instance: slot.instance, attempt: slot.lost })
     }
 
     /// When to call [`Self::next_part`] although no reply came.
@@ -256,6 +287,12 @@ impl VolumeIo {
         self.failed.get_or_insert(why);
         self.done |= self.asked == 0;
         self.done
+    }
+
+    /// Nothing of it is in flight: it waits until it is time to ask again.
+    #[must_use]
+    pub fn is_waiting(&self) -> bool {
+        self.asked == 0
     }
 
     /// Take the answer to `part`.
@@ -301,7 +338,8 @@ impl VolumeIo {
             Work::Write(payloads) => payload = Some(take_payload(payloads, extent.len as usize)),
             Work::Zero => {}
         }
-        let slot = Slot { state: State::Free, extent, piece, payload, instance: self.begun, attempts: 0 };
+        let slot =
+            Slot { state: State::Free, extent, piece, payload, instance: self.begun, attempts: 0, lost: self.lost.0 };
         self.begun += 1;
         let at = free.unwrap_or(self.slots.len());
         if at < self.slots.len() {
@@ -327,7 +365,6 @@ impl VolumeIo {
 
     fn judge(&mut self, at: usize, reply: Reply) -> Verdict {
         let Slot { piece, extent, attempts, .. } = &self.slots[at];
-        let (attempts, others) = (*attempts, self.volume.homes(extent.copyset).len() > 1);
         match (&mut self.work, reply.outcome) {
             (Work::Read(pieces), Outcome::Success) => match whole_data(reply.data, extent.len) {
                 Some(data) => pieces[*piece] = data,
@@ -340,7 +377,9 @@ impl VolumeIo {
             // The reason passes.
             (_, again @ (Outcome::NotLeader | Outcome::Overload | Outcome::Failed)) => return Verdict::Again(again),
             // A server whose disk failed ends, and another one leads then, if there is one.
-            (_, Outcome::DiskFail) if others && attempts < DISK_ATTEMPTS => return Verdict::Again(Outcome::DiskFail),
+            (_, Outcome::DiskFail) if *attempts < DISK_ATTEMPTS && self.volume.homes(extent.copyset).len() > 1 => {
+                return Verdict::Again(Outcome::DiskFail);
+            }
             (_, outcome) => return Verdict::Fail(VolumeError::Chunk(outcome)),
         }
         Verdict::Done
@@ -450,7 +489,7 @@ fn whole_data(data: ReplyData, len: u32) -> Option<SmallVec<[Bytes; 2]>> {
     (bytes == len as usize).then_some(data)
 }
 
-fn zeros(len: u32) -> Bytes {
+pub(super) fn zeros(len: u32) -> Bytes {
     Bytes::from_static(ZEROS.get(..len as usize).unwrap_or(&ZEROS))
 }
 

@@ -15,6 +15,10 @@ use std::collections::BTreeSet;
 const ROUND_MS: (u64, u64) = (10, 50);
 /// Nobody wanted to know for this long: no more asking, milliseconds.
 const WANTED_MS: u64 = 2_000;
+/// What nobody wanted to know for this long may be forgotten, milliseconds.
+const FORGET_MS: u64 = 60_000;
+/// So many copysets are remembered in any case.
+const REMEMBERED_MIN: usize = 1024;
 /// Members remembered of a copyset.
 const PEERS_MAX: usize = 16;
 
@@ -52,6 +56,8 @@ struct Entry {
 pub struct Leaders {
     me: Option<u64>,
     entries: FxHashMap<CopysetId, Entry>,
+    /// With so many entries, old ones are forgotten.
+    sweep_at: usize,
     queue: BTreeSet<(Instant, CopysetId)>,
 }
 
@@ -59,12 +65,16 @@ impl Leaders {
     /// `me`: this process as a peer, if it has replicas.
     #[must_use]
     pub fn new(me: Option<u64>) -> Self {
-        Self { me, entries: FxHashMap::default(), queue: BTreeSet::new() }
+        Self { me, entries: FxHashMap::default(), sweep_at: REMEMBERED_MIN, queue: BTreeSet::new() }
     }
 
     /// Who leads; `None`: not known now, ask again soon. `homes`: where to begin. Without any it can only be this process.
     pub fn find(&mut self, now: Instant, copyset: CopysetId, homes: &[u64]) -> Option<Leader> {
         let me = self.me;
+        if self.entries.len() >= self.sweep_at {
+            self.entries.retain(|_, entry| entry.looking.is_some() || entry.wanted.after_ms(FORGET_MS) > now);
+            self.sweep_at = REMEMBERED_MIN.max(2 * self.entries.len());
+        }
         let entry = self.entries.entry(copyset).or_insert_with(|| {
             let mut entry = Entry::default();
             homes.iter().for_each(|&peer| entry.learn(peer));
@@ -205,6 +215,18 @@ mod tests {
     }
     const fn at(peer: u64, term: u64) -> Leader {
         Leader { peer, term }
+    }
+
+    #[test]
+    fn what_nobody_wants_any_more_is_forgotten() {
+        let mut leaders = Leaders::new(Some(11));
+        let find = |leaders: &mut Leaders, second: u64, set: u64| {
+            let now = NOW.after_ms(second * 1000);
+            assert!(leaders.find(now, SET, &HOMES).is_some() && leaders.find(now, CopysetId(set), &HOMES).is_some());
+        };
+        (0..100_000).for_each(|n| find(&mut leaders, n / 100, 2 << 32 | n));
+        assert!(leaders.entries.len() < 2 * 6_200, "{}", leaders.entries.len());
+        assert!(leaders.entries.contains_key(&SET));
     }
 
     #[test]

@@ -57,6 +57,8 @@ pub enum RemoteEvent<A> {
     Done {
         /// Whose.
         asker: A,
+        /// It was sent and not answered: it may still be done, and asking again is another attempt.
+        lost: bool,
         /// How.
         outcome: Outcome,
         /// Data of a read.
@@ -75,11 +77,13 @@ pub struct Errand<'a> {
     pub homes: &'a [u64],
     /// Chunk.
     pub chunk: u64,
+    /// Of a write in place of a Zero.
+    pub sn: u64,
     /// What.
     pub op: &'a ChunkOp,
     /// Names it among all of this process's life; the same for all its attempts.
     pub id: u64,
-    /// How often it was asked before.
+    /// How many attempts were lost before ([`RemoteEvent::Done`]).
     pub attempt: u32,
 }
 
@@ -100,11 +104,13 @@ struct Server {
     /// In a row.
     timeouts: u32,
     heard: bool,
+    /// It is not ours: zeros are written.
+    no_zero: bool,
 }
 
 #[derive(Debug)]
 enum Call<A> {
-    Errand { asker: A, copyset: CopysetId, leader: Leader, since: Instant },
+    Errand { asker: A, copyset: CopysetId, leader: Leader, since: Instant, zero: bool },
     Look { copyset: CopysetId, peer: u64 },
 }
 
@@ -135,6 +141,10 @@ pub struct Remote<A> {
     leaders: Leaders,
     servers: Slab<Server>,
     by_address: FxHashMap<(Ipv4Addr, u16), usize>,
+    /// Called while they had no connection.
+    to_dial: Vec<usize>,
+    /// No call's time is up before this.
+    next: Instant,
     calls: Slab<Slot<A>>,
     serial: u32,
     doubt_at: Instant,
@@ -154,6 +164,8 @@ impl<A: Copy> Remote<A> {
             leaders: Leaders::new(me),
             servers: Slab::new(),
             by_address: FxHashMap::default(),
+            to_dial: Vec::new(),
+            next: Instant::FAR,
             calls: Slab::new(),
             serial: 0,
             doubt_at: Instant(0),
@@ -183,18 +195,20 @@ impl<A: Copy> Remote<A> {
 
     /// Send an operation to whoever leads.
     pub fn ask(&mut self, now: Instant, errand: Errand<'_>, asker: A) -> Went {
-        let Errand { copyset, homes, chunk, op, id, attempt } = errand;
+        let Errand { copyset, homes, chunk, sn, op, id, attempt } = errand;
         let Some(leader) = self.leaders.find(now, copyset, homes) else { return Went::Nowhere };
         if Some(leader.peer) == self.me {
             return Went::Here(leader);
         }
         let guard = Guard { client: self.client, id, attempt, term: leader.term };
-        let Some(letter) = wire::letter(copyset, chunk, op, guard) else { return Went::Nowhere };
         let Some(server) = self.server(leader.peer) else { return Went::Nowhere };
-        let timeouts = self.servers.get(server).map_or(0, |s| s.timeouts);
+        let (timeouts, no_zero) = self.servers.get(server).map_or((0, false), |s| (s.timeouts, s.no_zero));
+        let zeros = no_zero.then_some(sn);
+        let Some(letter) = wire::letter(copyset, chunk, op, zeros, guard) else { return Went::Nowhere };
         let until = now.after_ms((CALL_MS.0 << timeouts.min(7)).min(CALL_MS.1));
         self.counts.sent += 1;
-        self.send(now, server, letter, until, Call::Errand { asker, copyset, leader, since: now });
+        let zero = zeros.is_none() && matches!(op, ChunkOp::Zero { .. });
+        self.send(now, server, letter, until, Call::Errand { asker, copyset, leader, since: now, zero });
         Went::Away
     }
 
@@ -218,12 +232,25 @@ impl<A: Copy> Remote<A> {
             return Some(server);
         }
         if self.servers.len() >= SERVERS_MAX {
-            return None;
+            self.make_room()?;
         }
         let client = Client::new(Address::Tcp(ip, port));
-        let server = self.servers.insert(Server { client, timeouts: 0, heard: false });
+        let server = self.servers.insert(Server { client, timeouts: 0, heard: false, no_zero: false });
         self.by_address.insert((ip, port), server);
         Some(server)
+    }
+
+    /// Forget a server that is not called; `None`: not now.
+    fn make_room(&mut self) -> Option<()> {
+        let idle = |server: &Server| server.client.calls() == 0 && !server.client.is_dialing();
+        let (at, _) = self.servers.iter().find(|(_, server)| idle(server))?;
+        if self.servers.get(at).is_some_and(|server| server.client.is_up()) {
+            self.events.push_back(RemoteEvent::Close(at));
+            return None;
+        }
+        self.servers.remove(at);
+        self.by_address.retain(|_, server| *server != at);
+        Some(())
     }
 
     fn send(&mut self, now: Instant, server: usize, letter: Letter, until: Instant, call: Call<A>) {
@@ -233,8 +260,11 @@ impl<A: Copy> Remote<A> {
         let token = self.calls.insert(Slot { serial, call }) as u64 | u64::from(serial) << 32;
         let Some(to) = self.servers.get_mut(server) else { return };
         to.client.call(now, Outgoing { token, service, method, body, attachment, until }, &mut self.answers);
+        self.next = self.next.min(until);
         if to.client.is_up() {
             self.events.push_back(RemoteEvent::Send(server));
+        } else if self.to_dial.last() != Some(&server) {
+            self.to_dial.push(server);
         }
     }
 
@@ -255,29 +285,40 @@ impl<A: Copy> Remote<A> {
                 self.answered(now, copyset, peer, None);
             }
         }
-        for (index, server) in &mut self.servers {
-            let before = self.answers.len();
-            if server.client.poll(now, &mut self.answers).is_some() {
-                let address = server.client.address().clone();
-                self.events.push_back(RemoteEvent::Dial { server: index, address, timeout_ms: DIAL_MS });
-            }
-            if self.answers.len() > before {
-                server.timeouts = if server.heard { 1 } else { server.timeouts.saturating_add(1) };
-                server.heard = false;
-                if server.timeouts >= TIMEOUTS_MAX && server.client.is_up() {
-                    self.events.push_back(RemoteEvent::Close(index));
-                }
+        let mut due = std::mem::take(&mut self.to_dial);
+        due.drain(..).for_each(|server| self.poll_server(now, server));
+        if self.next <= now {
+            due.extend(self.servers.iter().map(|(server, _)| server));
+            due.drain(..).for_each(|server| self.poll_server(now, server));
+            let next = self.servers.iter().map(|(_, server)| server.client.deadline()).min();
+            self.next = next.unwrap_or(Instant::FAR);
+        }
+        self.to_dial = due;
+        self.take_answers(now);
+    }
+
+    /// Whether to dial, and what timed out.
+    fn poll_server(&mut self, now: Instant, index: usize) {
+        let Some(server) = self.servers.get_mut(index) else { return };
+        let before = self.answers.len();
+        if server.client.poll(now, &mut self.answers).is_some() {
+            let address = server.client.address().clone();
+            self.events.push_back(RemoteEvent::Dial { server: index, address, timeout_ms: DIAL_MS });
+        }
+        if self.answers.len() > before {
+            server.timeouts = if server.heard { 1 } else { server.timeouts.saturating_add(1) };
+            server.heard = false;
+            if server.timeouts >= TIMEOUTS_MAX && server.client.is_up() {
+                self.events.push_back(RemoteEvent::Close(index));
             }
         }
-        self.take_answers(now);
     }
 
     /// When [`Self::poll`] must be called if nothing else happens.
     #[must_use]
     pub fn deadline(&self) -> Instant {
-        let calls = self.servers.iter().map(|(_, server)| server.client.deadline()).min().unwrap_or(Instant::FAR);
         let doubt = if self.calls.is_empty() { Instant::FAR } else { self.doubt_at };
-        calls.min(doubt).min(self.leaders.deadline())
+        self.next.min(doubt).min(self.leaders.deadline())
     }
 
     /// Operations that have waited long: does their server still lead?
@@ -303,9 +344,10 @@ impl<A: Copy> Remote<A> {
                 continue; // given up when another leader showed
             }
             match self.calls.remove(key).call {
-                Call::Errand { asker, copyset, leader, .. } => {
-                    let (outcome, data) = self.judge(now, copyset, leader, result);
-                    self.events.push_back(RemoteEvent::Done { asker, outcome, data });
+                Call::Errand { asker, copyset, leader, zero, .. } => {
+                    let lost = matches!(result, Err(CallError::TimedOut | CallError::Broken));
+                    let (outcome, data) = self.judge(now, copyset, leader, zero, result);
+                    self.events.push_back(RemoteEvent::Done { asker, lost, outcome, data });
                 }
                 Call::Look { copyset, peer } => {
                     let said = result.ok().and_then(|(body, _)| wire::leader(body));
@@ -323,6 +365,7 @@ impl<A: Copy> Remote<A> {
         now: Instant,
         copyset: CopysetId,
         leader: Leader,
+        zero: bool,
         result: Result<(Bytes, Attachment), CallError>,
     ) -> (Outcome, ReplyData) {
         let (hint, why) = match result {
@@ -334,10 +377,14 @@ impl<A: Copy> Remote<A> {
                 self.counts.lost += 1;
                 tracing::debug!(peer = %PeerId(leader.peer), %error, "an operation of a volume has no answer");
                 match error {
-                    CallError::Full => (0, Outcome::Overload),
                     CallError::Rpc { code: code::ELOGOFF, .. } => (0, Outcome::NotLeader),
+                    CallError::Rpc { code: code::ENOMETHOD | code::ENOSERVICE, .. } if zero => {
+                        self.has_no_zero(leader.peer);
+                        (0, Outcome::Failed)
+                    }
                     CallError::Rpc { code: code::ENOMETHOD | code::ENOSERVICE, .. } => (0, Outcome::Invalid),
-                    CallError::Rpc { .. } | CallError::TooLong(_) => (0, Outcome::Failed),
+                    // Full: it is not the server that is overloaded.
+                    CallError::Full | CallError::Rpc { .. } | CallError::TooLong(_) => (0, Outcome::Failed),
                     CallError::Unreachable | CallError::TimedOut | CallError::Broken => (0, Outcome::NotLeader),
                 }
             }
@@ -348,16 +395,35 @@ impl<A: Copy> Remote<A> {
         (why, ReplyData::None)
     }
 
+    /// This server does not know our Zero.
+    fn has_no_zero(&mut self, peer: u64) {
+        let at = self.by_address.get(&(PeerId(peer).ip(), PeerId(peer).port()));
+        if let Some(server) = at.and_then(|&at| self.servers.get_mut(at)) {
+            server.no_zero = true;
+        }
+    }
+
     fn answered(&mut self, now: Instant, copyset: CopysetId, from: u64, said: Option<Leader>) {
         let Some((old, _)) = self.leaders.answered(now, copyset, from, said) else { return };
         // What was asked of the old leader and not answered is asked again, of the new one.
         let of_old =
             |call: &Call<A>| matches!(call, Call::Errand { copyset: c, leader, .. } if (*c, *leader) == (copyset, old));
-        let keys: Vec<usize> = self.calls.iter().filter(|(_, slot)| of_old(&slot.call)).map(|(key, _)| key).collect();
+        self.end(of_old);
+    }
+
+    /// Nobody is called any more: whatever has no answer ends.
+    pub fn give_up(&mut self) {
+        self.end(|call| matches!(call, Call::Errand { .. }));
+    }
+
+    /// Operations that end without their server's answer, to be asked again.
+    fn end(&mut self, which: impl Fn(&Call<A>) -> bool) {
+        let keys: Vec<usize> = self.calls.iter().filter(|(_, slot)| which(&slot.call)).map(|(key, _)| key).collect();
         for key in keys {
             if let Call::Errand { asker, .. } = self.calls.remove(key).call {
                 self.counts.lost += 1;
-                self.events.push_back(RemoteEvent::Done { asker, outcome: Outcome::NotLeader, data: ReplyData::None });
+                let (outcome, data) = (Outcome::NotLeader, ReplyData::None);
+                self.events.push_back(RemoteEvent::Done { asker, lost: true, outcome, data });
             }
         }
     }
@@ -376,7 +442,7 @@ impl<A: Copy> Remote<A> {
     pub fn closed(&mut self, now: Instant, server: usize) {
         let draw = self.draw();
         if let Some(to) = self.servers.get_mut(server) {
-            to.timeouts = 0;
+            (to.timeouts, to.no_zero) = (0, false);
             to.client.closed(now, draw, &mut self.answers);
         }
         self.take_answers(now);
@@ -425,6 +491,11 @@ impl<A: Copy> Remote<A> {
         if let Some(from) = self.servers.get_mut(server) {
             from.client.direct_done(buf, added);
         }
+    }
+    /// In the middle of an answer, with memory for all of it.
+    #[must_use]
+    pub fn holds_payload(&self, server: usize) -> bool {
+        self.servers.get(server).is_some_and(|from| from.client.holds_payload())
     }
     /// An answer waits for a buffer.
     #[must_use]

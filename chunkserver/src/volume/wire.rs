@@ -2,7 +2,9 @@
 
 use crate::rpc::Attachment;
 use crate::shard::request::{ChunkOp, Guard, Outcome, ReplyData};
+use crate::volume::io::zeros as zero_bytes;
 use crate::volume::leaders::Leader;
+use crate::volume::map::EXTENT_BYTES_MAX;
 use bytes::Bytes;
 use copyset::PeerId;
 use prost::Message;
@@ -11,6 +13,7 @@ use proto::chunkserver::{
 };
 use raftlog::CopysetId;
 use smallvec::SmallVec;
+use std::iter;
 
 const CHUNK: &str = "curve.chunkserver.ChunkService";
 const ZERO: &str = "chunkserver.internal.ZeroService";
@@ -24,8 +27,8 @@ pub(super) struct Letter {
     pub(super) attachment: SmallVec<[Bytes; 2]>,
 }
 
-/// A chunk operation. `None`: it is none that volumes ask of others.
-pub(super) fn letter(copyset: CopysetId, chunk: u64, op: &ChunkOp, guard: Guard) -> Option<Letter> {
+/// A chunk operation. `None`: it is none that volumes ask of others. `zeros`: Zero is a write with this sn.
+pub(super) fn letter(copyset: CopysetId, chunk: u64, op: &ChunkOp, zeros: Option<u64>, guard: Guard) -> Option<Letter> {
     let mut request = ChunkRequest {
         op_type: ChunkOpType::ChunkOpWrite.into(),
         logic_pool_id: copyset.pool(),
@@ -46,8 +49,15 @@ pub(super) fn letter(copyset: CopysetId, chunk: u64, op: &ChunkOp, guard: Guard)
             (CHUNK, "WriteChunk")
         }
         ChunkOp::Zero { offset, len } => {
-            (request.offset, request.size) = (Some(offset), Some(len));
-            (ZERO, "Zero")
+            (request.offset, request.size, request.sn) = (Some(offset), Some(len), zeros);
+            if zeros.is_some() {
+                let lens =
+                    iter::repeat_n(EXTENT_BYTES_MAX, (len / EXTENT_BYTES_MAX) as usize).chain([len % EXTENT_BYTES_MAX]);
+                attachment.extend(lens.filter(|&len| len > 0).map(zero_bytes));
+                (CHUNK, "WriteChunk")
+            } else {
+                (ZERO, "Zero")
+            }
         }
         ChunkOp::Delete { sn } => {
             request.op_type = ChunkOpType::ChunkOpDelete.into();

@@ -182,6 +182,7 @@ impl Codecs {
             epoch: 7,
             retired: 0,
             void: 0,
+            suspect: false,
         };
         let retired = ConfState { retired: 1_700_000_000, ..joint.clone() };
         let confs = vec![joint.encode().to_vec(), retired.encode().to_vec(), ConfState::of(&[1, 2]).encode().to_vec()];
@@ -208,7 +209,7 @@ impl Target for Codecs {
                 assert_eq!(conf.encode(), bytes, "one form only");
                 let raft = ConfState::from_raft(&conf.to_raft(), conf.epoch);
                 assert_eq!(
-                    ConfState { retired: conf.retired, void: conf.void, ..raft },
+                    ConfState { retired: conf.retired, void: conf.void, suspect: conf.suspect, ..raft },
                     conf,
                     "raft does not know the trash"
                 );

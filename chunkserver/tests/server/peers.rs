@@ -5,6 +5,7 @@ use super::harness::{Lab, PATIENCE, Setup, http, wait_for};
 use super::wire::{Message, frame, request};
 use std::io::{Read, Write};
 use std::net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream};
+use std::time::{Duration, Instant};
 
 const SERVICE: &str = "chunkserver.internal.PeerService";
 
@@ -170,6 +171,35 @@ fn who_may_speak_and_what_ends_it() {
     stream.write_all(&request(SERVICE, "Hello", 5, &Message(good.bytes()), &[1; 300])).unwrap();
     receive(&mut stream).unwrap();
     assert!(http(lab.address, "/health").unwrap().ends_with("OK"));
+    drop(server);
+}
+
+#[test]
+fn a_peer_that_fell_silent_makes_way_for_the_next_one_at_its_address() {
+    let lab = Lab::new(Setup::default());
+    let server = lab.start();
+    let (mut gone, status, _) = greet(&lab, &Hello::to(&lab));
+    assert_eq!(status, 0);
+    let other = Hello { from: 99, ..Hello::to(&lab) };
+    let (mut lives, status, _) = greet(&lab, &other);
+    assert_eq!(status, 0);
+    // The disk was formatted meanwhile; the old connection was never closed.
+    let again = Hello { disk: 8, ..Hello::to(&lab) };
+    assert_eq!(greet(&lab, &again).1, 6);
+    let since = Instant::now();
+    gone.set_read_timeout(Some(Duration::from_millis(300))).unwrap();
+    let (mut byte, mut pinged) = ([0], since);
+    while gone.read(&mut byte).is_err() {
+        if pinged.elapsed() > Duration::from_secs(5) {
+            lives = greet(&lab, &other).0; // this process did not run
+        }
+        ping(&mut lives);
+        pinged = Instant::now();
+        assert!(since.elapsed() < PATIENCE * 2, "it is never closed");
+    }
+    assert!(since.elapsed() > Duration::from_secs(8), "closed after {:?}", since.elapsed());
+    assert_eq!(greet(&lab, &again).1, 0);
+    ping(&mut lives);
     drop(server);
 }
 

@@ -55,11 +55,14 @@ if mode == 'hangs': time.sleep(60)
 if mode == 'wrong-at-last': s.sendall(b'nonsense' * 10); time.sleep(60)
 say({'say': 'ready'})
 assert hear()['say'] == 'commit'
-if mode == 'dies-committed': sys.exit(1)
+if mode == 'opens-a-file':
+    folder = os.path.dirname(sys.argv[sys.argv.index('--config') + 1])
+    open(folder + '/nebdserver.meta', 'a').write(' ')
+if mode in ('dies-committed', 'opens-a-file'): sys.exit(1)
 time.sleep(60)
 "#;
 
-fn fake(lab: &Lab, mode: &str) -> PathBuf {
+pub(super) fn fake(lab: &Lab, mode: &str) -> PathBuf {
     let path = lab.path(&format!("{mode}.py"));
     std::fs::write(&path, FAKE).unwrap();
     std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o755)).unwrap();
@@ -67,7 +70,7 @@ fn fake(lab: &Lab, mode: &str) -> PathBuf {
 }
 
 /// An upgrade that must fail; what it says.
-fn fails(lab: &Lab, binary: &str) -> String {
+pub(super) fn fails(lab: &Lab, binary: &str) -> String {
     let out = lab.cli(&["upgrade", "--binary", binary, "--timeout-ms", "1500"]);
     assert_eq!(out.status.code(), Some(1), "{binary}: {}{}", text(&out.stdout), text(&out.stderr));
     text(&out.stderr)
@@ -146,7 +149,11 @@ fn whatever_the_new_process_does_the_old_one_goes_on() {
     assert!(client.data(1, 5, 0, BLOCK) == pattern(5, BLOCK));
     // And volumes can be changed again, descriptors are as many as before, and a good program takes over.
     lab.ask(&["volume", "create", "--name", "v", "--size", "4MiB"]);
-    let before = server.descriptors();
+    let mut before = 0;
+    wait_for("the end of the commands' connections", || {
+        std::thread::sleep(Duration::from_millis(200));
+        std::mem::replace(&mut before, server.descriptors()) == before
+    });
     fails(&lab, fake(&lab, "dies-with-everything").to_str().unwrap());
     wait_for("as many descriptors as before", || server.descriptors() == before);
     let (heir, _) = upgrade(&lab);

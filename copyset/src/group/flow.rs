@@ -1,6 +1,6 @@
 //! What flows to each peer: a window in bytes, payloads back from the log, lost connections.
 
-use super::Copyset;
+use super::{Copyset, Role};
 use crate::effect::Effect;
 use crate::window::Limits;
 use raft::ProgressState;
@@ -12,6 +12,9 @@ impl Copyset {
         if !self.inert() {
             self.window.forget(peer);
             self.raw.report_unreachable(peer);
+            if self.role() == Role::Leader || self.leader() == peer {
+                self.stir();
+            }
         }
     }
 

@@ -35,6 +35,7 @@ impl Copyset {
             return Err(ProposeError::Full);
         }
         self.reads.push(cookie, self.commit_index());
+        self.used();
         Ok(())
     }
 

@@ -86,7 +86,7 @@ impl Copyset {
     pub fn renew(&mut self, how: &Renewal) -> Seq {
         assert!(self.frozen && self.is_settled() && self.installing.is_none(), "a group at rest is renewed");
         let mut checkpoint = self.checkpoint_at(self.applied);
-        let before = ConfState { retired: 0, ..self.history.at(self.applied).clone() };
+        let before = ConfState { retired: 0, ..self.own(self.history.at(self.applied).clone()) };
         let Renewal::Reset(peers) = how else {
             checkpoint.conf = before.encode();
             let seq = self.log.borrow_mut().checkpoint(self.config.id, checkpoint);
@@ -122,8 +122,7 @@ impl Copyset {
     /// The checkpoint of [`Self::renew`] is durable.
     pub(super) fn renewed(&mut self, suspicion: Suspicion) {
         let index = self.applied;
-        let suspect = self.config.suspect && suspicion.holds();
-        self.begin_anew(suspect);
+        self.begin_anew(suspicion.holds());
         self.suspicion = suspicion;
         self.outbox.push(Effect::Renewed { index });
         self.weigh_suspicion();

@@ -8,6 +8,7 @@
 
 use super::ready::send;
 use super::{Copyset, Role};
+use crate::conf::ConfState;
 use crate::config::Config;
 use crate::effect::Effect;
 use crate::screen::StepError;
@@ -132,12 +133,14 @@ impl Copyset {
             self.offer = Some(offer);
             return Err(InstallError::Busy);
         }
+        let conf = ConfState::decode(&offer.conf);
+        let conf = conf.unwrap_or_else(|e| panic!("{:?}: an offer that was checked: {e}", self.config.id));
         let state = self.raw.raft.hard_state();
         let checkpoint = Checkpoint {
             applied_index: index,
             applied_term: offer.term,
             hard_state: HardState { term: state.term, vote: state.vote, commit: index },
-            conf: offer.conf.clone(),
+            conf: self.own(conf).encode(),
             incarnation: self.raw.store().incarnation(),
         };
         let seq = self.log.borrow_mut().checkpoint(self.config.id, checkpoint);
@@ -149,7 +152,7 @@ impl Copyset {
     /// The checkpoint is durable.
     pub(super) fn installed(&mut self, offer: &Offer) {
         let (index, term, suspicion) = (offer.index, offer.term, self.suspicion);
-        self.begin_anew(self.config.suspect);
+        self.begin_anew(suspicion.holds());
         self.suspicion = suspicion;
         self.outbox.push(Effect::Installed { index, term });
         if offer.leader_term == self.raw.raft.term {

@@ -2,14 +2,14 @@
 
 use super::{Copyset, Role};
 use crate::conf::ConfState;
-use crate::screen::{self, Receiver, StepError, from_leader, round_of};
+use crate::screen::{self, IDLE_ASKED, IDLE_TAKEN, Receiver, StepError, from_leader, round_of, says};
 use crate::suspicion::Suspicion;
 use raft::eraftpb::{Message, MessageType};
 use raft::{CAMPAIGN_TRANSFER, StateRole};
 
 impl Copyset {
     /// Takes a peer's message. On an error nothing has changed. `now`: see [`Self::tick`].
-    pub fn step(&mut self, now: u64, message: Message) -> Result<(), StepError> {
+    pub fn step(&mut self, now: u64, mut message: Message) -> Result<(), StepError> {
         self.time.advance(now);
         if self.inert() {
             return Err(StepError::Installing);
@@ -18,6 +18,9 @@ impl Copyset {
         let kind = message.get_msg_type();
         if from_leader(kind) && self.suspicion.bars(message.term) {
             return Err(StepError::Suspect);
+        }
+        if self.stirred_by(&mut message) && kind == MessageType::MsgRequestPreVote {
+            return Ok(()); // whether there is a leader shows before it is asked again
         }
         match kind {
             MessageType::MsgRequestVote | MessageType::MsgRequestPreVote => {
@@ -41,6 +44,7 @@ impl Copyset {
     pub(super) fn pass(&mut self, message: Message) -> Result<(), StepError> {
         let Message { from, term, index, reject, .. } = message;
         let (kind, round) = (message.get_msg_type(), round_of(&message));
+        let (asked, taken) = (says(&message, IDLE_ASKED), says(&message, IDLE_TAKEN));
         match kind {
             MessageType::MsgAppendResponse if !reject => self.make_room(from, index),
             MessageType::MsgHeartbeatResponse => self.make_way(from),
@@ -53,8 +57,11 @@ impl Copyset {
             return outcome;
         }
         match raft.state {
-            StateRole::Follower if from_leader(kind) && raft.leader_id == from => self.heard_leader(),
+            StateRole::Follower if from_leader(kind) && raft.leader_id == from => self.heard_leader(asked),
             StateRole::Leader if kind == MessageType::MsgHeartbeatResponse => {
+                if taken {
+                    self.idle.taken_by(from);
+                }
                 if let Some(round) = round {
                     self.lease.echo(from, round);
                     self.settle_lease();
@@ -65,9 +72,10 @@ impl Copyset {
         outcome
     }
 
-    fn heard_leader(&mut self) {
+    fn heard_leader(&mut self, idle: bool) {
         let first = self.time.never_led();
         self.time.heard(self.time.now());
+        self.time.set_idle(idle);
         self.removed = false;
         if first {
             self.draw_timeout(); // what was drawn was for a copyset without a leader
@@ -133,7 +141,7 @@ impl Copyset {
 
     /// Every other voter has said that its term and its last index are at most these: what this replica lost is not
     /// above them. From now on it follows leaders of at least that term; it votes and campaigns when it has caught up.
-    /// No effect unless it started as [`crate::Config::suspect`].
+    /// No effect unless it started as suspect ([`crate::Config::suspect`], or its checkpoint says so).
     pub fn suspect_until(&mut self, term: u64, index: u64) {
         if self.suspicion.holds() {
             self.suspicion = Suspicion::Until { term, index };
@@ -160,15 +168,37 @@ impl Copyset {
     }
 
     pub(super) fn weigh_suspicion(&mut self) {
-        let held = self.commit_index().min(self.durable_index());
+        if self.installing.is_some() {
+            return; // weighed when that is durable
+        }
+        let (before, held) = (self.suspicion.holds(), self.commit_index().min(self.durable_index()));
         self.suspicion.reached(self.raw.raft.term, held);
+        if self.suspicion.holds() != before {
+            self.log_suspicion();
+        }
         self.campaign_alone();
+    }
+
+    /// Has the log say whether this replica is suspect. What shows that records are lost goes with the segments they were
+    /// in; and replicas that restart together must not all be suspect because each of them once was.
+    pub(super) fn log_suspicion(&mut self) {
+        let checkpoint = self.checkpoint_at(self.raw.store().checkpoint_index());
+        self.log.borrow_mut().checkpoint(self.config.id, checkpoint);
     }
 
     /// True while this replica neither votes nor campaigns because its log lost records (rule 21).
     #[must_use]
     pub fn is_suspect(&self) -> bool {
         self.suspicion.holds()
+    }
+
+    /// Leads no longer; what was proposed is dropped. No effect on a sole voter, which would lead again at once.
+    pub fn step_down(&mut self) {
+        if self.role() == Role::Leader && !self.conf().sole_voter(self.config.peer) {
+            let term = self.raw.raft.term;
+            self.raw.raft.become_follower(term, 0);
+            self.look();
+        }
     }
 
     /// While `true`, this replica does not campaign: its chunks are not what its log says, as during the installation

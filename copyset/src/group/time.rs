@@ -1,6 +1,7 @@
 //! Ticks: elections, heartbeats with their lease rounds, check-quorum. raft-rs's own ticks are not used.
 
 use super::{Copyset, Role};
+use crate::time::Due;
 use bytes::Bytes;
 use raft::StateRole;
 use raft::eraftpb::{Message, MessageType};
@@ -13,10 +14,15 @@ impl Copyset {
     ///
     /// `now`, here and elsewhere: nanoseconds of a clock that goes on while the machine or the process is suspended,
     /// **read after the input it goes with was received**. An older one would shorten a promise made to a leader.
-    pub fn tick(&mut self, now: u64) {
+    ///
+    /// False if the copyset is idle and nothing was due.
+    pub fn tick(&mut self, now: u64) -> bool {
         let due = self.time.tick(now);
+        if self.time.is_idle() && due == Due::default() {
+            return false;
+        }
         if self.inert() {
-            return;
+            return true;
         }
         if self.role() == Role::Leader {
             if due.check_quorum {
@@ -32,6 +38,7 @@ impl Copyset {
         } else if due.election {
             self.campaign();
         }
+        true
     }
 
     /// What a leader does by the clock, besides heartbeats.
@@ -62,7 +69,7 @@ impl Copyset {
         self.reads.started(round);
         self.time.beaten();
         self.raw.raft.ping();
-        let context = Bytes::copy_from_slice(&round.to_le_bytes());
+        let context = Bytes::copy_from_slice(&(round | self.calm()).to_le_bytes());
         let beats = self.raw.raft.msgs.iter_mut().filter(|m| m.get_msg_type() == MessageType::MsgHeartbeat);
         beats.filter(|m| m.context.is_empty()).for_each(|m| m.context = context.clone());
         self.settle_lease();
@@ -102,6 +109,7 @@ impl Copyset {
         if before == now {
             return;
         }
+        self.time.set_idle(false);
         if before.1 == StateRole::Leader {
             self.lost_leadership();
         }

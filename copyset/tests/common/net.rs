@@ -165,7 +165,9 @@ impl Net {
             let missed = if self.fault == Fault::TickBurst { (self.time - ticked) / tick_ns } else { 1 };
             let node = self.node(peer);
             let now = node.now;
-            (0..missed).rev().for_each(|i| node.copyset.tick(now - i * tick_ns));
+            for i in (0..missed).rev() {
+                node.copyset.tick(now - i * tick_ns);
+            }
         }
         let done = self.rng.below(self.weather.disk_ns / QUANTUM + 1) == 0;
         let early = self.fault == Fault::EarlyPersist;

@@ -3,6 +3,7 @@
 
 use super::cluster::{Client, Cluster};
 use super::world::{Rng, Setup};
+use crate::shard::request::{AdminOp, ChunkOp, Outcome, RequestOp};
 use raftlog::CopysetId;
 
 fn setup(rng: &mut Rng) -> Setup {
@@ -170,4 +171,48 @@ fn replicas_agree_and_keep_what_was_answered() {
         assert!(totals.done > 1000 && totals.reads > 300 && totals.redirected > 10, "{totals:?}");
         assert!(totals.kills > 20 && totals.cuts > 5 && totals.lost > 20, "{totals:?}");
     }
+}
+
+#[test]
+fn a_tail_that_waits_for_a_quorum_pins_no_log_after_a_restart() {
+    let (id, own) = (CopysetId::new(1, 1), CopysetId::new(1, 2));
+    let mut c = start(3, &Setup::default(), 5, &[id]);
+    let leader = c.wait_leader(id);
+    let node = (leader + 1) % 3;
+    c.create(own, &[node]);
+    c.isolate((leader + 2) % 3);
+    let last = c.nodes[node].shard().groups[&id].raft.last_index() + 1;
+    c.nodes[leader].write(id, 1, 0, 1, 11).expect("a buffer");
+    let holds = |c: &mut Cluster| c.nodes[node].shard().groups[&id].raft.durable_index() == last;
+    c.until("it holds an entry", holds);
+    c.kill(node);
+    c.isolate(node);
+    c.start(node);
+    c.until("it leads what is its own", |c| c.nodes[node].shard().leads(own));
+    assert!(c.nodes[node].shard().groups[&id].raft.commit_index() < last, "and does not know it to be committed");
+    for stamp in 0..200 {
+        let slot = c.nodes[node].write(own, 1, 0, 1, 100 + stamp).expect("a buffer");
+        assert_eq!(c.answer(node, slot).outcome, Outcome::Success);
+    }
+    assert_eq!(c.nodes[node].shard().groups[&id].raft.last_index(), last);
+    c.cut.clear();
+    c.quiesce(&[id, own]);
+    c.compare(id, 2);
+}
+
+#[test]
+fn a_leader_in_the_trash_holds_no_memory_and_leads_no_more() {
+    let (setup, id) = (Setup { trash_s: 1_000_000, ..Setup::default() }, CopysetId::new(1, 1));
+    let mut c = start(3, &setup, 3, &[id]);
+    let leader = c.wait_leader(id);
+    c.isolate(leader);
+    let slot = c.nodes[leader].write(id, 1, 0, 4, 11).expect("a buffer");
+    let reads = RequestOp::Chunk { chunk: 1, op: ChunkOp::Read { offset: 0, len: 4096 } };
+    assert!(c.nodes[leader].shard().in_flight_bytes > 0);
+    let reply = c.ask(leader, id, RequestOp::Admin(AdminOp::DeleteCopyset));
+    assert_eq!(reply.outcome, Outcome::Success);
+    assert_eq!(c.answer(leader, slot).outcome, Outcome::NoCopyset);
+    assert_eq!(c.ask(leader, id, reads).outcome, Outcome::NoCopyset);
+    let shard = c.nodes[leader].shard();
+    assert_eq!((shard.groups.len(), shard.in_flight_bytes, shard.led().count()), (1, 0, 0));
 }

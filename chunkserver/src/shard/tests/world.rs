@@ -492,14 +492,14 @@ impl World {
         self.disk.current.clone_from(&self.disk.durable);
     }
 
-    /// Spoil the newest block of the log that holds `stamp`, or the block in front of it.
+    /// Spoil the first block of the log that holds `stamp`, or the block in front of it.
     pub(super) fn rot(&mut self, stamp: u64, in_front: bool) {
         let zone = self.layout.log_offset as usize..self.layout.meta_offset as usize;
         let found =
             self.disk.durable[zone.clone()].chunks(BLOCK).position(|b| b.chunks(8).all(|w| w == stamp.to_le_bytes()));
         let at = zone.start + (found.expect("the stamp is in the log") - usize::from(in_front)) * BLOCK;
-        self.disk.current[at + 9] ^= 0x40;
         self.disk.durable[at + 9] ^= 0x40;
+        self.disk.current[at + 9] ^= 0x40;
     }
 
     /// Spoil every block outside the log that holds `stamp`; how many there are.

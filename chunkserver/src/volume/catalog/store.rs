@@ -1,14 +1,15 @@
 //! The one writer of the catalog: lock, check, write a new file, make it durable, then show it.
 
 use super::{Catalog, NAME_BYTES_MAX, OpenError, PEERS_MAX, SHARED_IDS, SharedCatalog, VOLUMES_MAX, is_name};
+use crate::replace::{ReplaceError, beside, replace};
 use crate::volume::map::{Geometry, GeometryError, Shape};
 use crate::volume::{Homes, Volume};
 use raftlog::CopysetId;
 use rustix::fs::{FlockOperation, flock};
 use std::fs::{File, OpenOptions};
-use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
 
 /// Version of a volume that never had a chunk snapshot (0 is refused by chunks, datastore.md §7).
 const FIRST_SN: u64 = 1;
@@ -141,13 +142,27 @@ impl CatalogStore {
     /// # Errors
     /// [`OpenError`].
     pub fn open(path: &Path) -> Result<Self, OpenError> {
+        Self::open_within(path, Duration::ZERO)
+    }
+
+    /// The same, waiting at most `wait` for the lock of a server that is ending.
+    ///
+    /// # Errors
+    /// [`OpenError`].
+    pub fn open_within(path: &Path, wait: Duration) -> Result<Self, OpenError> {
         let lock_path = beside(path, ".lock");
         let failed = |source| OpenError::Io { what: "open the lock", path: lock_path.clone(), source };
         let lock = OpenOptions::new().create(true).truncate(false).write(true).open(&lock_path).map_err(failed)?;
-        match flock(&lock, FlockOperation::NonBlockingLockExclusive) {
-            Ok(()) => {}
-            Err(rustix::io::Errno::WOULDBLOCK) => return Err(OpenError::Locked(path.to_owned())),
-            Err(e) => return Err(failed(e.into())),
+        let until = Instant::now() + wait;
+        loop {
+            match flock(&lock, FlockOperation::NonBlockingLockExclusive) {
+                Ok(()) => break,
+                Err(rustix::io::Errno::WOULDBLOCK) if Instant::now() < until => {
+                    std::thread::sleep(Duration::from_millis(5));
+                }
+                Err(rustix::io::Errno::WOULDBLOCK) => return Err(OpenError::Locked(path.to_owned())),
+                Err(e) => return Err(failed(e.into())),
+            }
         }
         let shared = SharedCatalog::new(Catalog::read(path)?);
         let lock = Arc::new(Mutex::new((lock, true)));
@@ -177,6 +192,8 @@ impl CatalogStore {
     /// # Errors
     /// [`ChangeError`]; nothing was created.
     pub fn create(&mut self, new: NewVolume) -> Result<Arc<Volume>, ChangeError> {
+        let gate = self.gate.clone();
+        let ours = gate.lock();
         let mut next = (*self.catalog()).clone();
         if !is_name(&new.name) {
             return Err(ChangeError::Name(new.name));
@@ -202,7 +219,7 @@ impl CatalogStore {
         let volume = Volume::new(id, new.name.clone(), FIRST_SN, new.created, geometry).with_homes(new.homes);
         let volume = Arc::new(volume);
         next.volumes.insert(new.name, Arc::clone(&volume));
-        self.save(next)?;
+        self.save(&ours, next)?;
         Ok(volume)
     }
 
@@ -211,6 +228,8 @@ impl CatalogStore {
     /// # Errors
     /// [`ChangeError`]; nothing was changed.
     pub fn resize(&mut self, name: &str, size: u64) -> Result<Arc<Volume>, ChangeError> {
+        let gate = self.gate.clone();
+        let ours = gate.lock();
         let mut next = (*self.catalog()).clone();
         let slot = next.volumes.get_mut(name).ok_or_else(|| ChangeError::NotFound(name.to_owned()))?;
         if size < slot.size() {
@@ -221,7 +240,7 @@ impl CatalogStore {
         }
         let volume = Arc::new(slot.with_geometry(slot.geometry().resized(size)?));
         *slot = Arc::clone(&volume);
-        self.save(next)?;
+        self.save(&ours, next)?;
         Ok(volume)
     }
 
@@ -231,10 +250,12 @@ impl CatalogStore {
     /// # Errors
     /// [`ChangeError`]; nothing was deleted.
     pub fn delete(&mut self, name: &str) -> Result<Arc<Volume>, ChangeError> {
+        let gate = self.gate.clone();
+        let ours = gate.lock();
         let mut next = (*self.catalog()).clone();
         let volume = next.volumes.remove(name).ok_or_else(|| ChangeError::NotFound(name.to_owned()))?;
         next.deleting.insert(volume.id(), Arc::clone(&volume));
-        self.save(next)?;
+        self.save(&ours, next)?;
         volume.mark_deleted();
         Ok(volume)
     }
@@ -244,49 +265,31 @@ impl CatalogStore {
     /// # Errors
     /// [`ChangeError`].
     pub fn forget(&mut self, id: u32) -> Result<(), ChangeError> {
+        let gate = self.gate.clone();
+        let ours = gate.lock();
         let mut next = (*self.catalog()).clone();
         next.deleting.remove(&id).ok_or(ChangeError::NotDeleting(id))?;
-        self.save(next)
+        self.save(&ours, next)
     }
 
-    fn save(&mut self, mut next: Catalog) -> Result<(), ChangeError> {
+    /// `next` was made under the lock of the gate: no other process has changed anything meanwhile.
+    fn save(&mut self, ours: &(File, bool), mut next: Catalog) -> Result<(), ChangeError> {
         if self.unsure {
             return Err(ChangeError::Unsure);
         }
-        let gate = self.gate.clone();
-        let ours = gate.lock();
         if !ours.1 {
             return Err(ChangeError::HandedOver);
         }
         next.generation += 1;
-        let temp = beside(&self.path, ".tmp");
-        let failed = |what, path: &Path| {
-            let path = path.to_owned();
-            move |source| ChangeError::Io { what, path, source }
-        };
-        let bytes = next.encode().map_err(|e| failed("encode it", &self.path)(e.into()))?;
-        let mut file = File::create(&temp).map_err(failed("create the new file", &temp))?;
-        file.write_all(&bytes).map_err(failed("write the new file", &temp))?;
-        file.sync_all().map_err(failed("sync the new file", &temp))?;
-        std::fs::rename(&temp, &self.path).map_err(failed("replace it", &self.path))?;
-        // From here on a reader may see the new file, a crash may bring back the old one.
-        self.unsure = true;
-        sync_folder(&self.path).map_err(failed("sync its folder", &self.path))?;
-        self.unsure = false;
+        let failed = |what, path, source| ChangeError::Io { what, path, source };
+        let bytes = next.encode().map_err(|e| failed("encode it", self.path.clone(), e.into()))?;
+        replace(&self.path, &bytes).map_err(|ReplaceError { what, path, source, unsure }| {
+            self.unsure = unsure;
+            failed(what, path, source)
+        })?;
         self.shared.publish(next);
         Ok(())
     }
-}
-
-fn beside(path: &Path, suffix: &str) -> PathBuf {
-    let mut name = path.as_os_str().to_owned();
-    name.push(suffix);
-    PathBuf::from(name)
-}
-
-fn sync_folder(path: &Path) -> std::io::Result<()> {
-    let folder = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
-    File::open(folder)?.sync_all()
 }
 
 #[cfg(test)]
@@ -302,6 +305,44 @@ mod tests {
     }
     fn names(catalog: &Catalog) -> Vec<(u32, String, u64)> {
         catalog.volumes().map(|v| (v.id(), v.name().to_owned(), v.size())).collect()
+    }
+
+    #[test]
+    fn a_change_that_waits_for_the_gate_is_made_to_what_is_there_then() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("volumes.json");
+        let mut store = CatalogStore::open(&path).unwrap();
+        store.create(new("a", 1 << 30)).unwrap();
+        let gate = store.gate();
+        let lock = gate.lock();
+        std::thread::scope(|scope| {
+            let changing = scope.spawn(|| store.create(new("b", 1 << 30)).map(|volume| volume.id()));
+            std::thread::sleep(Duration::from_millis(50));
+            // As another process would have, in the meantime.
+            let mut next = (*gate.shared.snapshot()).clone();
+            next.volumes.clear();
+            next.next_id += 7;
+            let id = next.next_id;
+            gate.shared.publish(next);
+            drop(lock);
+            assert_eq!(changing.join().unwrap().unwrap(), id);
+        });
+        assert_eq!(store.catalog().volumes().count(), 1);
+    }
+
+    #[test]
+    fn a_server_that_is_ending_is_waited_for() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("volumes.json");
+        let first = CatalogStore::open(&path).unwrap();
+        assert!(matches!(CatalogStore::open(&path), Err(OpenError::Locked(_))));
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                std::thread::sleep(Duration::from_millis(20));
+                drop(first);
+            });
+            CatalogStore::open_within(&path, Duration::from_secs(60)).unwrap();
+        });
     }
 
     #[test]

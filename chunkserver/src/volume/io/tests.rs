@@ -166,6 +166,27 @@ fn errors_and_lengths() {
     assert_eq!(new(IoKind::Read, 0, 4096), Some(VolumeError::Deleted));
 }
 
+#[test]
+fn only_lost_attempts_are_counted_and_repetitions_go_on_counting() {
+    let v = volume("v", shape(4 << 20, 1 << 20, 0, 0));
+    let mut io = read(&v, 0, 4096);
+    let mut now = Instant(0);
+    let mut attempt = |io: &mut VolumeIo, lost: bool| {
+        let part = io.next_part(now).expect("due");
+        if lost {
+            io.lost(part.part);
+        }
+        let progress = io.reply(part.part, reply(Outcome::NotLeader, ReplyData::None), now);
+        assert!(matches!(progress, Progress::Retry { .. }));
+        now = io.wake_at().unwrap();
+        part.attempt
+    };
+    let seen = [false, false, true, false, true, true].map(|lost| attempt(&mut io, lost));
+    assert_eq!((seen, io.lost_max()), ([0, 0, 0, 1, 1, 2], 3));
+    let mut again = read(&v, 0, 4096).after(io.lost_max());
+    assert_eq!((attempt(&mut again, true), attempt(&mut again, false), again.lost_max()), (3, 4, 4));
+}
+
 /// Pauses until a request that is always answered so is given up, 2 s after it was made.
 fn pauses(outcome: Outcome) -> Vec<u64> {
     let v = volume("v", shape(4 << 20, 1 << 20, 0, 0));
@@ -175,6 +196,7 @@ fn pauses(outcome: Outcome) -> Vec<u64> {
     let error = loop {
         let part = io.next_part(now).expect("due");
         assert_eq!((part.instance, part.attempt as usize), (0, waits.len()));
+        io.lost(part.part);
         match io.reply(part.part, reply(outcome, ReplyData::None), now) {
             Progress::Retry { after_ms } => {
                 assert!(io.next_part(now).is_none(), "not yet");

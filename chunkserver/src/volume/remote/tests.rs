@@ -12,6 +12,9 @@ const SET: CopysetId = CopysetId(1 << 32 | 7);
 const START: Instant = Instant(1_000_000_000);
 const BLOCK: usize = 4096;
 
+fn peer_at(net: usize, n: usize) -> u64 {
+    PeerId::new([10, 1, net as u8, n as u8].into(), 8200, 0).0
+}
 fn peer(n: u8) -> u64 {
     PeerId::new([10, 0, 0, n].into(), 8200, 0).0
 }
@@ -42,6 +45,8 @@ struct World {
     decoders: BTreeMap<usize, Decoder>,
     calls: Vec<Seen>,
     done: Vec<(u32, Outcome, Vec<u8>)>,
+    /// Of these, sent and not answered.
+    lost: u32,
     closed: Vec<usize>,
     arena: Arc<Arena>,
 }
@@ -57,6 +62,7 @@ impl World {
             decoders: BTreeMap::new(),
             calls: Vec::new(),
             done: Vec::new(),
+            lost: 0,
             closed: Vec::new(),
             arena: Arena::new(1 << 20).unwrap(),
         }
@@ -64,7 +70,7 @@ impl World {
 
     fn ask(&mut self, asker: u32, op: &ChunkOp, attempt: u32) -> Went {
         let homes = self.homes.clone();
-        let errand = Errand { copyset: SET, homes: &homes, chunk: 9, op, id: u64::from(asker), attempt };
+        let errand = Errand { copyset: SET, homes: &homes, chunk: 9, sn: 3, op, id: u64::from(asker), attempt };
         let went = self.remote.ask(self.now, errand, asker);
         self.run();
         went
@@ -103,7 +109,8 @@ impl World {
                 self.closed.push(server);
                 self.remote.closed(self.now, server);
             }
-            RemoteEvent::Done { asker, outcome, data } => {
+            RemoteEvent::Done { asker, lost, outcome, data } => {
+                self.lost += u32::from(lost);
                 let data = if let ReplyData::Data(data) = data { data.concat() } else { Vec::new() };
                 self.done.push((asker, outcome, data));
             }
@@ -241,11 +248,67 @@ fn operations_go_to_the_leader_and_say_what_makes_them_harmless() {
         assert_eq!(world.take_done(), [(3, outcome)]);
     }
     for (code, outcome) in [(1002, Outcome::Invalid), (1003, Outcome::Failed), (2003, Outcome::NotLeader)] {
-        world.ask(4, &ChunkOp::Zero { offset: 0, len: 4096 }, 0);
-        let call = world.seen(2, "Zero").remove(0);
+        world.ask(4, &write(), 0);
+        let call = world.seen(2, "WriteChunk").remove(0);
         world.error(&call, code);
         assert_eq!(world.take_done(), [(4, outcome)]);
     }
+    assert_eq!(world.lost, 0, "all were answered");
+}
+
+#[test]
+fn to_whom_does_not_know_zero_zeros_are_written() {
+    let mut world = World::led(None, 2, 4);
+    let zero = ChunkOp::Zero { offset: 4096, len: 600 << 10 };
+    (1..3).for_each(|asker| assert_eq!(world.ask(asker, &zero, 0), Went::Away));
+    for call in world.seen(2, "Zero") {
+        assert_eq!((call.chunk().sn, call.payload.len()), (None, 0));
+        world.error(&call, 1002);
+    }
+    assert_eq!(world.take_done(), [(1, Outcome::Failed), (2, Outcome::Failed)], "to be asked again");
+    world.ask(1, &zero, 0);
+    let call = world.seen(2, "WriteChunk").remove(0);
+    let asked = call.chunk();
+    assert_eq!((asked.offset(), asked.size(), asked.sn), (4096, 600 << 10, Some(3)));
+    assert!(call.payload == [0; 600 << 10]);
+    world.answer(&call, Status::Success, None, &[]);
+    assert_eq!(world.take_done(), [(1, Outcome::Success)]);
+}
+
+#[test]
+fn what_finds_the_way_full_is_asked_again_soon() {
+    let mut world = World::led(None, 2, 4);
+    let homes = world.homes.clone();
+    let op = ChunkOp::Write { sn: 1, offset: 0, payload: vec![0; 16 << 20].into(), crcs: [].into_iter().collect() };
+    for id in 1..4 {
+        let errand = Errand { copyset: SET, homes: &homes, chunk: 9, sn: 1, op: &op, id, attempt: 0 };
+        assert_eq!(world.remote.ask(world.now, errand, id as u32), Went::Away);
+    }
+    world.remote.poll(world.now);
+    let sent = |event| match event {
+        RemoteEvent::Done { asker, lost, outcome, .. } => Some((asker, lost, outcome)),
+        _ => None,
+    };
+    let ended: Vec<_> = std::iter::from_fn(|| world.remote.next_event()).filter_map(sent).collect();
+    assert_eq!(ended, [(2, false, Outcome::Failed), (3, false, Outcome::Failed)]);
+}
+
+#[test]
+fn servers_that_are_not_called_make_room_for_others() {
+    let mut world = World::led(None, 2, 4);
+    let peers = |n: usize| peer_at(n / 250, n % 250);
+    for n in 0..SERVERS_MAX + 100 {
+        if world.remote.server(peers(n)).is_none() {
+            world.run();
+            assert!(world.remote.server(peers(n)).is_some(), "what has a connection is closed first");
+        }
+    }
+    assert_eq!((world.remote.servers.len(), world.remote.by_address.len()), (SERVERS_MAX, SERVERS_MAX));
+    assert!(world.closed.len() <= 3);
+    world.ask(1, &write(), 0);
+    world.pass(50);
+    world.leads(1, Some((2, 4)));
+    assert_eq!(world.ask(1, &write(), 0), Went::Away);
 }
 
 #[test]
@@ -273,6 +336,7 @@ fn with_a_broken_connection_everything_ends_once() {
     world.remote.closed(world.now, server);
     world.run();
     assert_eq!(world.take_done(), (1..6).map(|asker| (asker, Outcome::NotLeader)).collect::<Vec<_>>());
+    assert_eq!(world.lost, 5);
     assert_eq!(world.ask(1, &write(), 1), Went::Nowhere);
     world.leads(3, Some((2, 4)));
     assert_eq!(world.ask(1, &write(), 1), Went::Nowhere, "3 has not noticed");

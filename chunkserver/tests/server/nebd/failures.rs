@@ -71,7 +71,9 @@ fn a_parked_request_hinders_neither_close_nor_the_end() {
     drop(dying);
     assert_eq!(client.plain("CloseFile", fd), OK, "it does not wait for what is parked");
     assert_eq!(client.read(fd, 0, 4096).0, NOK);
-    client.expect_silence();
+    client.expect_close(); // what was parked cannot be done any more: its client is to ask again, and hears so
+    let mut client = Nebd::connect(&lab);
+    assert_eq!(client.write(fd, stuck * M, &pattern(stuck, K)), NOK);
     let again = client.open(VOL1);
     assert!(again != fd);
     client.begin("Write", &range(again, stuck * M, 4096), &pattern(1, K));
@@ -85,6 +87,50 @@ fn a_parked_request_hinders_neither_close_nor_the_end() {
     lab.ask(&["volume", "delete", "--name", "filler"]);
     let mut client = Nebd::connect(&lab);
     assert_eq!(client.write(again, stuck * M, &pattern(1, K)), OK);
+    server.stop();
+}
+
+#[test]
+fn what_cannot_be_kept_is_asked_for_again() {
+    let (lab, _) = full("");
+    let server = lab.start();
+    let mut client = Nebd::connect(&lab);
+    let fd = client.open(VOL1);
+    let stuck = fill(&mut client, fd);
+    drop(client);
+    // More data than parked calls may keep.
+    let mut client = Nebd::connect(&lab);
+    let data: Vec<u8> = (0..16).flat_map(|block| pattern(block, K)).collect();
+    let write = |chunk: u64| range(fd, chunk * M, data.len() as u64);
+    for _ in 0..48 {
+        client.begin("Write", &write(stuck), &data);
+    }
+    client.expect_close();
+    lab.ask(&["volume", "delete", "--name", "filler"]);
+    let mut client = Nebd::connect(&lab);
+    assert_eq!(client.call("Write", &write(stuck), &data).status(), OK);
+    server.stop();
+}
+
+#[test]
+fn a_connection_with_all_its_calls_waiting_is_not_forgotten() {
+    let lab = super::client::lab("");
+    let server = lab.start();
+    let mut client = Nebd::connect(&lab);
+    let fd = client.open(VOL1);
+    for id in 1..5 {
+        lab.ask(&["copyset", "delete", &format!("1:{id}"), "--node", &lab.address.to_string()]);
+    }
+    client.begin("Read", &range(fd, 0, 4 * M), &[]);
+    client.expect_silence();
+    assert_eq!(var(&lab, "*_nebd_parked_num").as_deref(), Some("1"), "from now on nobody is known to lead");
+    let mut full = Nebd::connect(&lab);
+    for _ in 0..10 {
+        full.begin("Read", &range(fd, 0, 4 * M), &[]);
+    }
+    full.expect_close(); // nothing more is read from it, so it may be that of a dead client
+    client.expect_silence();
+    assert_eq!(Nebd::connect(&lab).plain("Flush", fd), OK);
     server.stop();
 }
 

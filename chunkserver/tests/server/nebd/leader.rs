@@ -2,7 +2,11 @@
 
 use super::client::{K, Nebd, OK, VOL1, range, setup};
 use crate::client::pattern;
-use crate::harness::{Lab, Setup, wait_for};
+use crate::harness::{BINARY, Lab, Setup, wait_for};
+use crate::nbd::Nbd;
+use crate::upgrade::upgrade;
+use crate::upgrade_failures::fails;
+use rustix::process::Signal;
 use std::time::{Duration, Instant};
 
 /// Make `lab` the leader of 1:1.
@@ -22,17 +26,26 @@ fn lead(lab: &Lab) {
     });
 }
 
-#[test]
-fn a_leader_without_its_majority() {
+/// Two servers' disks, the first with part2.
+fn two() -> (Lab, Lab) {
     let timeout = "election_timeout_ms = 200\n";
     let mut mine = setup("");
     mine.extra = format!("{timeout}{}", mine.extra);
-    let lab = Lab::new(mine);
-    let other = Lab::new(Setup { extra: timeout.into(), ..Setup::default() });
-    let (mut server, mut peer) = (lab.start(), other.start());
+    (Lab::new(mine), Lab::new(Setup { extra: timeout.into(), ..Setup::default() }))
+}
+
+/// A copyset of both, and a volume on it.
+fn create(lab: &Lab, other: &Lab) {
     let peers = format!("{},{}", lab.peer(), other.peer());
     lab.ask(&["copyset", "create", "--pool", "1", "--first", "1", "--count", "1", "--peers", &peers]);
     lab.ask(&["volume", "create", "--name", "vol1", "--size", "4MiB", "--copysets", "1:1"]);
+}
+
+#[test]
+fn a_leader_without_its_majority() {
+    let (lab, other) = two();
+    let (mut server, mut peer) = (lab.start(), other.start());
+    create(&lab, &other);
     let mut client = Nebd::connect(&lab);
     let fd = client.open(VOL1);
     for round in 0..2u64 {
@@ -54,7 +67,7 @@ fn a_leader_without_its_majority() {
         if round == 1 {
             // The end does not wait for a majority.
             let begun = Instant::now();
-            server.signal(rustix::process::Signal::TERM);
+            server.signal(Signal::TERM);
             assert!(server.wait().success());
             assert!(begun.elapsed() < Duration::from_secs(10));
             client.expect_close();
@@ -69,4 +82,46 @@ fn a_leader_without_its_majority() {
         assert_eq!(again.write(fd, 8192, &pattern(99, K)), OK, "what the dead left does not bar the way");
         assert_eq!(client.read(fd, 8192, 4096), (OK, pattern(99, K)));
     }
+}
+
+/// What waits for a leader may wait for ever: its client sends it again to the new process, or it goes on in the old one.
+#[test]
+fn a_hand_over_does_not_wait_for_a_leader() {
+    let (lab, other) = two();
+    let (mut server, peer) = (lab.start(), other.start());
+    create(&lab, &other);
+    lead(&lab);
+    let mut client = Nebd::connect(&lab);
+    let fd = client.open(VOL1);
+    assert_eq!(client.write(fd, 0, &pattern(1, K)), OK);
+    peer.kill();
+    let hanging = client.begin("Write", &range(fd, 4096, 4096), &pattern(2, K));
+    std::thread::sleep(Duration::from_millis(1500));
+    // A user of the volume over NBD is not made to connect anew.
+    let mut volume = Nbd::open(&lab, "vol1");
+    let peer = std::thread::scope(|scope| {
+        let read = scope.spawn(|| volume.read(0, K));
+        std::thread::sleep(Duration::from_millis(300));
+        assert!(fails(&lab, BINARY).contains("did not end in time"));
+        client.expect_silence();
+        let peer = other.start_unled();
+        assert_eq!(read.join().unwrap(), (0, pattern(1, K)));
+        peer
+    });
+    let answer = client.try_receive().unwrap();
+    assert_eq!((answer.cid, answer.status()), (hanging, OK), "it went on");
+    lead(&lab);
+    peer.kill();
+    client.begin("Write", &range(fd, 8192, 4096), &pattern(3, K));
+    std::thread::sleep(Duration::from_millis(1500));
+    let (heir, _) = upgrade(&lab);
+    assert!(server.wait().success());
+    client.expect_close();
+    let peer = other.start_unled();
+    lead(&lab);
+    let mut client = Nebd::connect(&lab);
+    assert_eq!(client.write(fd, 8192, &pattern(3, K)), OK);
+    assert_eq!(client.read(fd, 4096, 4096), (OK, pattern(2, K)));
+    heir.end(Signal::TERM);
+    peer.stop();
 }

@@ -5,6 +5,7 @@ use super::client::{FILE, K, Nebd, OK, VOL1, lab, range};
 use crate::client::pattern;
 use crate::harness::Lab;
 use crate::upgrade::{Heir, upgrade};
+use crate::upgrade_failures::{fails, fake};
 use crate::wire::request;
 use rustix::process::Signal;
 use std::collections::BTreeMap;
@@ -170,4 +171,24 @@ fn a_server_hands_over_under_load() {
     let last = lab.start();
     assert_eq!(Nebd::connect(&lab).open(VOL1), fd);
     last.stop();
+}
+
+/// The new process may have opened files and told their numbers. The old one knows them only when it reads its records.
+#[test]
+fn a_successor_that_dies_at_last() {
+    let lab = lab("");
+    let mut server = lab.start();
+    let fd = Nebd::connect(&lab).open(VOL1);
+    let said = fails(&lab, fake(&lab, "dies-committed").to_str().unwrap());
+    assert!(said.contains("goes on"), "{said}");
+    let mut client = Nebd::connect(&lab);
+    assert_eq!(client.write(fd, 0, &pattern(1, K)), OK);
+    assert!(client.open(&format!("{VOL1}:x")) != fd);
+    drop(client);
+    let said = fails(&lab, fake(&lab, "opens-a-file").to_str().unwrap());
+    assert!(said.contains("only a new start knows"), "{said}");
+    assert_eq!(server.wait().code(), Some(1), "and may be started at once");
+    let server = lab.start();
+    assert_eq!(Nebd::connect(&lab).read(fd, 0, 4096), (OK, pattern(1, K)));
+    server.stop();
 }

@@ -2,7 +2,10 @@
 
 use super::client::{K, NOK, Nebd, OK, VOL1, lab, metafile, open_files, setup};
 use crate::client::pattern;
-use crate::harness::{Lab, wait_for};
+use crate::harness::{BINARY, Lab, Setup, wait_for};
+use crate::upgrade::upgrade;
+use rustix::process::Signal;
+use std::os::unix::net::{UnixListener, UnixStream};
 use std::time::Instant;
 
 #[test]
@@ -144,4 +147,40 @@ fn the_original_configuration_file() {
     std::fs::write(&conf, text.replace("meta.file.path", "meta.path")).unwrap();
     let said = lab.refused(&["--nebd-conf", conf.to_str().unwrap()]);
     assert!(said.contains("meta.file.path is missing"), "{said}");
+}
+
+/// Whoever takes over has no lock yet; names that are in use stay whose they are.
+#[test]
+fn an_upgrade_takes_no_socket_of_another_server() {
+    let (theirs, ours) = (lab(""), Lab::new(Setup::default()));
+    let (their_server, mut server) = (theirs.start(), ours.start());
+    let good = std::fs::read_to_string(ours.path("chunkserver.toml")).unwrap();
+    let fails = |toml: String| {
+        std::fs::write(ours.path("chunkserver.toml"), toml).unwrap();
+        crate::upgrade_failures::fails(&ours, BINARY)
+    };
+    let nebd = format!("{good}[nebd]\nsocket = {:?}\nmetafile = {:?}\n", theirs.path("nebd.sock"), ours.path("meta"));
+    assert!(fails(nebd).contains("another server has the socket"));
+    let name = ours.path("nbd.sock");
+    std::fs::create_dir(ours.path("folder")).unwrap();
+    let spelled = ours.path("folder/../nbd.sock");
+    let said = fails(good.replace(name.to_str().unwrap(), spelled.to_str().unwrap()));
+    assert!(said.contains("in use"), "{said}");
+    assert!(fails(good.replace(name.to_str().unwrap(), theirs.path("nbd.sock").to_str().unwrap())).contains("in use"));
+    for lab in [&ours, &theirs] {
+        assert!(UnixStream::connect(lab.path("nbd.sock")).is_ok());
+    }
+    assert_eq!(Nebd::connect(&theirs).open(VOL1), 1);
+    // A name that nobody listens at is taken, and NEBD can come with a new program.
+    drop(UnixListener::bind(ours.path("new.sock")).unwrap());
+    let more = format!("[nebd]\nsocket = {:?}\nmetafile = {:?}\n", ours.path("nebd.sock"), ours.path("meta"));
+    let new = good.replace(name.to_str().unwrap(), ours.path("new.sock").to_str().unwrap());
+    std::fs::write(ours.path("chunkserver.toml"), new + &more).unwrap();
+    let (heir, _) = upgrade(&ours);
+    assert!(server.wait().success());
+    assert!(UnixStream::connect(ours.path("new.sock")).is_ok() && Nebd::try_connect(&ours).is_ok());
+    let (heir, old) = (upgrade(&ours).0, heir);
+    wait_for("the end of the old process", || old.is_gone());
+    heir.end(Signal::TERM);
+    their_server.stop();
 }

@@ -60,7 +60,7 @@ fn idle(copysets: u64) -> Cost {
     let members = (1..=copysets).map(|copyset| (copyset, (0..NODES).collect())).collect();
     sim.add_actor(Box::new(Founder::new(0, NODES, &members)));
     assert!(sim.run(60 * SECOND), "the copysets are not created");
-    wait(&mut sim, 5);
+    wait(&mut sim, 15);
     let disk = |sim: &Sim| sim.world.borrow().nodes.iter().map(|node| node.disk.counts.ops).sum::<u64>();
     let mail = |sim: &Sim| (0..NODES).map(|node| sim.count(node, Counter::PeerMailIn)).sum::<u64>();
     let before = (sim.world.borrow().turns, mail(&sim), disk(&sim), cpu_ms());
@@ -85,8 +85,8 @@ fn idle_copysets_cost_heartbeats_and_nothing_else() {
          (with 6: {} turns, {} messages, {:.1} ms)",
         all.turns, all.mail, all.disk, all.cpu_ms, few.turns, few.mail, few.cpu_ms
     );
-    // A heartbeat every fifth of T to two followers, and their answers.
-    let beats = many * 4 * 5 * 1000 / ELECTION_MS;
+    // Three heartbeats in T to two followers, and their answers; of idle copysets an eighth of that.
+    let beats = many * 4 * 3 * 1000 / ELECTION_MS / copyset::IDLE_FACTOR;
     assert!(all.mail <= beats + beats / 4, "{} messages a second for {beats}", all.mail);
     assert!(all.turns < 4 * few.turns, "turns grow with the copysets: {} and {}", few.turns, all.turns);
     assert_eq!(all.disk, 0, "idle copysets write nothing");
