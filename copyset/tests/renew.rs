@@ -250,3 +250,27 @@ fn out_of_the_trash_it_goes_on_where_it_was() {
     node.restart();
     assert_eq!(retired(&node), (0, 0));
 }
+
+#[test]
+fn two_survivors_of_five_with_the_same_list_agree() {
+    for seed in 0..4 {
+        let mut net = Net::new(5, seed);
+        let leader = net.await_leader(3000);
+        load(&mut net, 40);
+        let left: Vec<u64> = (1..=5).filter(|&peer| peer != leader).take(2).collect();
+        for gone in (1..=5).filter(|peer| !left.contains(peer)) {
+            net.nodes.remove(&gone);
+            net.down.insert(gone);
+        }
+        let held = left.iter().map(|peer| net.nodes[peer].copyset.commit_index()).max().unwrap();
+        for &peer in &left {
+            net.run(20 * MS); // neither at the same moment nor in the same state
+            force(net.node(peer), &left);
+        }
+        net.converge(5000);
+        let conf = net.node(left[0]).copyset.conf().clone();
+        assert_eq!(conf.voters, left);
+        assert!(net.node(left[1]).copyset.applied_index() > held);
+        net.assert_clean();
+    }
+}

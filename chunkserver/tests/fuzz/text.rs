@@ -185,7 +185,13 @@ impl Codecs {
             suspect: false,
         };
         let retired = ConfState { retired: 1_700_000_000, ..joint.clone() };
-        let confs = vec![joint.encode().to_vec(), retired.encode().to_vec(), ConfState::of(&[1, 2]).encode().to_vec()];
+        let void = ConfState { void: 4711, ..retired.clone() };
+        let confs = vec![
+            joint.encode().to_vec(),
+            retired.encode().to_vec(),
+            void.encode().to_vec(),
+            ConfState::of(&[1, 2]).encode().to_vec(),
+        ];
         let change = vec![1, 2, 2, 0, 0, 7, 0, 0, 0, 0, 0, 0, 0, 1, 0, 1, 0, 0, 0, 0, 0, 0];
         let header = Header { kind: Kind::Write, offset: 4096, len: 8192, chunk: 7, sn: 3 };
         let peers = [&b"127.0.0.1:8200:0"[..], b"10.20.30.40:65535:3", b"0.0.0.0:0:0"].map(<[u8]>::to_vec);
