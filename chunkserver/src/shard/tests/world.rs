@@ -99,6 +99,7 @@ pub(super) struct Setup {
     pub(super) dirty_limit: usize,
     pub(super) flush_age_ms: u64,
     pub(super) trash_s: u64,
+    pub(super) election_ms: u64,
     pub(super) peer: u64,
 }
 
@@ -114,6 +115,7 @@ impl Default for Setup {
             dirty_limit: 512 << 10,
             flush_age_ms: 50,
             trash_s: 0,
+            election_ms: 1000,
             peer: PEER,
         }
     }
@@ -192,7 +194,7 @@ impl World {
             peer: self.setup.peer,
             dirty_limit: self.setup.dirty_limit,
             flush_age_ns: self.setup.flush_age_ms * 1_000_000,
-            election_ms: 1000,
+            election_ms: self.setup.election_ms,
             snapshot_rate: 0,
             trash_s: self.setup.trash_s,
             wall_s: 0,
