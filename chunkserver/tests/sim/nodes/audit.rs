@@ -3,11 +3,9 @@
 use super::{COPYSETS, Run, peer};
 use crate::client::{CHUNK, POOL};
 use crate::codec;
-use crate::node::SHARDS;
 use crate::run::Actor;
 use crate::world::{ActorEvent, World};
 use bytes::BytesMut;
-use chunkserver::chunk::shard_of;
 use chunkserver::shard::request::CopysetStatus;
 use raftlog::CopysetId;
 use std::cell::RefCell;
@@ -15,11 +13,11 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::rc::Rc;
 
 const CHUNK_BYTES: u64 = 256 << 10;
-const LEADER: u32 = 1;
+pub(super) const LEADER: u32 = 1;
 const OUT_OF_SERVICE: u32 = 5;
 const STEP: u64 = 100_000_000;
 /// So long may replicas take to agree, steps.
-const STEPS: u64 = 400;
+pub(super) const STEPS: u64 = 400;
 
 /// Lets time pass.
 struct Sleep {
@@ -99,7 +97,7 @@ impl Actor for Hasher {
 }
 
 impl Run {
-    fn sleep(&mut self) {
+    pub(super) fn sleep(&mut self) {
         let me = self.sim.actors.len();
         self.sim.add_actor(Box::new(Sleep { me, over: false }));
         self.go(2 * STEP);
@@ -147,14 +145,8 @@ impl Run {
                 let harmed = self.sim.world.borrow().nodes[node].disk.exposed.lost(copyset);
                 harmed && find(node).is_some_and(|s| s.state == OUT_OF_SERVICE && s.peers.is_empty())
             };
-            // So may be a replica on a disk that is full of what replicas left there which are no members any more.
-            let moved = self.nodes > 3;
-            let full = |&node: &usize| {
-                let behind = find(node).is_some_and(|s| s.applied < leader.applied);
-                moved && behind && self.sim.full(node, shard_of(id, SHARDS))
-            };
             let member = |node: &usize| leader.peers.contains(&peer(*node).0);
-            let nodes: Vec<usize> = (0..self.nodes).filter(member).filter(|node| !lost(node) && !full(node)).collect();
+            let nodes: Vec<usize> = (0..self.nodes).filter(member).filter(|node| !lost(node)).collect();
             let same = |&node: &usize| {
                 find(node).is_some_and(|s| {
                     (s.applied, s.last, s.term, s.leader) == (leader.last, leader.last, leader.term, leader.peer)
