@@ -18,6 +18,10 @@ const OUT_OF_SERVICE: u32 = 5;
 const STEP: u64 = 100_000_000;
 /// So long may replicas take to agree, steps.
 pub(super) const STEPS: u64 = 400;
+/// So often is a replica asked that refuses a chunk which another one has, steps apart: longer than the server's longest
+/// pause between two attempts to repair.
+const ASKS: u64 = 90;
+const STEPS_APART: u64 = 10;
 
 /// Lets time pass.
 struct Sleep {
@@ -182,23 +186,37 @@ impl Run {
         let parts = chunks
             .iter()
             .flat_map(|&(copyset, chunk)| voters[&copyset].iter().map(move |&node| (node, copyset, chunk)));
-        let (me, found) = (self.sim.actors.len(), Rc::default());
-        let links = super::client::Links::new(self.nodes);
-        self.sim.add_actor(Box::new(Hasher { me, links, left: parts.collect(), found: Rc::clone(&found) }));
-        if !self.go(super::PATIENCE) {
-            return Some("checksums of chunks were not answered");
+        let (mut left, found) = (parts.collect::<BTreeSet<Part>>(), Rc::default());
+        for _ in 0..ASKS {
+            if !self.hash(&left, &found) {
+                return Some("checksums of chunks were not answered");
+            }
+            // What is harmed on all of them is lost; all else must come back.
+            left.retain(|part| found.borrow()[part].0 != 0);
+            left.retain(|&(_, copyset, chunk)| !voters[&copyset].iter().all(|&n| self.harmed(n, copyset, chunk)));
+            if left.is_empty() {
+                break;
+            }
+            (0..STEPS_APART).for_each(|_| self.sleep());
         }
         for (copyset, chunk) in chunks {
             let of = |&node: &usize| (node, found.borrow()[&(node, copyset, chunk)].clone());
             let all: Vec<(usize, Said)> = voters[&copyset].iter().map(of).collect();
             let healthy: Vec<_> =
-                all.iter().filter(|(node, said)| said.0 == 0 || !self.harmed(*node, copyset, chunk)).collect();
+                all.iter().filter(|(node, said)| said.0 == 0 || left.contains(&(*node, copyset, chunk))).collect();
             if healthy.iter().any(|(_, said)| said.0 != 0 || *said != healthy[0].1) {
                 let why = format!("copyset {copyset} chunk {chunk}: the replicas' checksums differ: {all:?}");
                 self.history.borrow_mut().violations.push(why);
             }
         }
         None
+    }
+
+    /// Have these answered.
+    fn hash(&mut self, parts: &BTreeSet<Part>, found: &Rc<RefCell<BTreeMap<Part, Said>>>) -> bool {
+        let (me, links) = (self.sim.actors.len(), super::client::Links::new(self.nodes));
+        self.sim.add_actor(Box::new(Hasher { me, links, left: parts.clone(), found: Rc::clone(found) }));
+        self.go(super::PATIENCE)
     }
 
     /// Whether a node's disk has harmed this chunk, so that it may refuse to read it.
