@@ -6,6 +6,7 @@
 use super::{DISK, Effects, Group, Shard, State, Task};
 use crate::chunk::RoundIo;
 use crate::io::{Instant, Op};
+use copyset::Copyset;
 use raftlog::{BLOCK, CopysetId, Log, Seq};
 use std::rc::Rc;
 
@@ -213,7 +214,8 @@ impl Shard {
         }
         let mut absent = Vec::new();
         for id in log.pinning() {
-            if written.iter().any(|w| w.1 == id) || self.broken.contains(&id) || !self.can_relog(&log, id) {
+            let kept = self.broken.contains(&id) && !log.index(id).is_some_and(|i| Copyset::is_lost(i.checkpoint()));
+            if written.iter().any(|w| w.1 == id) || kept || !self.can_relog(&log, id) {
                 continue;
             }
             match log.index(id).map(|index| (index.not_resident().is_empty(), index.last_index())) {
