@@ -155,6 +155,19 @@ impl Copyset {
         }
     }
 
+    /// What stands in the log for a copyset of which it has lost even the checkpoint: that there is one, and nothing else.
+    #[must_use]
+    pub fn lost_checkpoint() -> Checkpoint {
+        let conf = ConfState { suspect: true, ..ConfState::default() };
+        Checkpoint { conf: conf.encode(), ..Self::initial_checkpoint(&[], 0) }
+    }
+
+    /// Whether that is all that a checkpoint says.
+    #[must_use]
+    pub fn is_lost(checkpoint: &Checkpoint) -> bool {
+        ConfState::decode(&checkpoint.conf).is_ok_and(|conf| conf.suspect && conf.voters.is_empty())
+    }
+
     /// Starts from what the log says; a first start and a restart are the same. A sole voter campaigns at once.
     /// `now`: see [`Self::tick`].
     pub fn new(config: Config, log: Rc<RefCell<Log>>, now: u64) -> Result<Self, Error> {

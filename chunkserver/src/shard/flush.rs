@@ -6,6 +6,7 @@
 use super::{DISK, Effects, Group, Shard, State, Task};
 use crate::chunk::RoundIo;
 use crate::io::{Instant, Op};
+use copyset::Copyset;
 use raftlog::{BLOCK, CopysetId, Log, Seq};
 use std::rc::Rc;
 
@@ -100,13 +101,15 @@ impl Shard {
         }
         let wants = self.extents.wanted();
         self.flush.slots_wanted |= std::mem::replace(&mut self.flush.wants_seen, wants) != wants;
-        self.flush.slots_wanted &= self.store.slots_await_checkpoint();
+        self.flush.slots_wanted &= self.store.has_graves();
         if self.flush.slots_wanted {
             return true;
         }
+        let idle = Instant(self.store.changed_ns()).after_ns(self.config.flush_age_ns / IDLE_PART);
         let Some(oldest) = self.store.oldest_dirty_ns() else {
-            self.flush.next = Instant::FAR;
-            return false;
+            // What a purged copyset held may be all that there is to write, and another shard may need its slots.
+            self.flush.next = if self.store.has_open_graves() { idle } else { Instant::FAR };
+            return self.flush.next <= self.now;
         };
         if dirty * 2 >= self.config.dirty_limit || std::mem::take(&mut self.flush.urgent) {
             return true;
@@ -114,7 +117,6 @@ impl Shard {
         if self.arenas.all_payload.iter().any(|a| a.free_bytes() < a.size() / 4) {
             return true;
         }
-        let idle = Instant(self.store.changed_ns()).after_ns(self.config.flush_age_ns / IDLE_PART);
         self.flush.next = Instant(oldest).after_ns(self.config.flush_age_ns).min(idle);
         self.flush.next <= self.now
     }
@@ -216,7 +218,8 @@ impl Shard {
         }
         let mut absent = Vec::new();
         for id in log.pinning() {
-            if written.iter().any(|w| w.1 == id) || self.broken.contains(&id) || !self.can_relog(&log, id) {
+            let kept = self.broken.contains(&id) && !log.index(id).is_some_and(|i| Copyset::is_lost(i.checkpoint()));
+            if written.iter().any(|w| w.1 == id) || kept || !self.can_relog(&log, id) {
                 continue;
             }
             match log.index(id).map(|index| (index.not_resident().is_empty(), index.last_index())) {

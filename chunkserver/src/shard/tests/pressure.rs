@@ -160,6 +160,27 @@ fn a_full_pool_refuses_new_chunks_only_and_deletes_make_room() {
 }
 
 #[test]
+fn slots_of_a_purged_copyset_come_back_though_nothing_else_happens() {
+    for seed in 0..4 {
+        let mut world = world(Setup::default(), seed);
+        let free = |world: &mut World| world.shard().status().slots_unclaimed;
+        let all = free(&mut world);
+        for chunk in 0..5 {
+            let slot = world.write(A, chunk, 0, 1, 7 + chunk).unwrap();
+            assert_eq!(world.outcome_of(slot), Outcome::Success);
+        }
+        world.settle();
+        assert!(free(&mut world) < all);
+        let gone = world.ask(A, RequestOp::Admin(AdminOp::DeleteCopyset));
+        assert_eq!(world.outcome_of(gone), Outcome::Success);
+        world.now = world.now.after_ms(2_000);
+        world.turn();
+        world.settle();
+        assert_eq!(free(&mut world), all, "{}", world.describe());
+    }
+}
+
+#[test]
 fn copysets_deleted_and_created_again_under_load() {
     for seed in 0..6 {
         let mut world = world(Setup { segments: 3, flush_age_ms: 1, ..Setup::default() }, seed);
@@ -304,5 +325,48 @@ fn a_copyset_whose_log_is_rotten_is_out_of_service_alone_and_can_be_deleted() {
             last = world.outcome_of(slot);
         }
         assert_eq!(last, Outcome::Success);
+    }
+}
+
+/// The batch that created a copyset is lost, nothing else speaks of it but its chunks, and all that shows the loss is
+/// released: it is out of service still, and keeps its slots, until it is deleted.
+#[test]
+fn a_copyset_that_the_log_forgot_stays_out_of_service() {
+    for seed in 0..4 {
+        let mut world = world(Setup { segments: 4, flush_age_ms: 1, ..Setup::default() }, seed);
+        let slot = world.write(A, 0, 0, 1, 71).unwrap();
+        assert_eq!(world.outcome_of(slot), Outcome::Success);
+        world.now = world.now.after_ms(2_000);
+        world.turn();
+        world.settle();
+        world.rot_batches_of(A);
+        world.crash();
+        world.boot();
+        const C: CopysetId = CopysetId::new(1, 3);
+        world.create(C);
+        let read = |world: &mut World| {
+            let slot = world.chunk(A, 0, ChunkOp::Read { offset: 0, len: BLOCK as u32 });
+            world.outcome_of(slot)
+        };
+        for life in 0..3 {
+            assert_eq!(read(&mut world), Outcome::CrcFail, "life {life}");
+            for n in 0..400 {
+                let slot = world.write(C, 0, n % 16, 1, 5000 + u64::from(n)).unwrap();
+                assert_eq!(world.outcome_of(slot), Outcome::Success, "its mark moves on with the log");
+            }
+            world.settle();
+            world.crash();
+            world.boot();
+            world.settle();
+        }
+        let used = world.shard().status().slots_unclaimed;
+        let gone = world.ask(A, RequestOp::Admin(AdminOp::DeleteCopyset));
+        assert_eq!(world.outcome_of(gone), Outcome::Success);
+        world.now = world.now.after_ms(2_000);
+        world.turn();
+        world.settle();
+        assert!(world.shard().status().slots_unclaimed >= used);
+        world.create(A);
+        assert_eq!(read(&mut world), Outcome::NoChunk);
     }
 }

@@ -504,6 +504,19 @@ impl World {
         self.disk.current[at + 9] ^= 0x40;
     }
 
+    /// Spoil every batch of the log that speaks of `copyset`.
+    pub(super) fn rot_batches_of(&mut self, copyset: CopysetId) {
+        let zone = self.layout.log_offset as usize..self.layout.meta_offset as usize;
+        let id = copyset.0.to_le_bytes();
+        let speaks = |b: &[u8]| b.starts_with(b"RAFTLOG1") && b.windows(8).any(|w| w == id);
+        let found: Vec<usize> = zone.step_by(BLOCK).filter(|&at| speaks(&self.disk.durable[at..at + BLOCK])).collect();
+        assert!(!found.is_empty());
+        for at in found {
+            self.disk.durable[at + 9] ^= 0x40;
+            self.disk.current[at + 9] ^= 0x40;
+        }
+    }
+
     /// Spoil every block outside the log that holds `stamp`; how many there are.
     pub(super) fn rot_slot(&mut self, stamp: u64) -> usize {
         let (from, disk) = (self.layout.slots_offset as usize, &mut self.disk);
