@@ -319,7 +319,7 @@ impl Shard {
 
     fn start_copysets(&mut self) -> Result<(), Failure> {
         let ids = self.log.borrow().copysets();
-        let lost: Vec<CopysetId> = self.lost.iter().copied().collect();
+        let lost: Vec<CopysetId> = self.lost.clone();
         for id in lost.into_iter().filter(|id| !ids.contains(id)) {
             // Even its checkpoint is lost. What shows that is released some day; what is on its slots must outlive it.
             self.log.borrow_mut().checkpoint(id, Copyset::lost_checkpoint());
