@@ -112,6 +112,9 @@ pub struct Copyset {
     /// See [`Self::freeze`].
     frozen: bool,
     suspicion: Suspicion,
+    /// Committed as of the last tick, and until when others are let lead: see `tick_commit`.
+    committed: u64,
+    yields_until: u64,
     /// Not fit to lead, says the shard.
     held_back: bool,
     /// No member any more, says a member.
@@ -209,6 +212,8 @@ impl Copyset {
             installing: None,
             frozen: false,
             suspicion: if suspect { Suspicion::Unknown } else { Suspicion::Clear },
+            committed: 0,
+            yields_until: 0,
             held_back: false,
             removed: false,
             hard_state,

@@ -9,12 +9,17 @@
 
 use crate::config::{Config, IDLE_FACTOR};
 
+/// A leader that is heard by a quorum, and commits nothing of what waits for so many T, lets another one try.
+const STUCK_TIMEOUTS: u64 = 10;
+
 /// What a tick asks for.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Due {
     pub(crate) election: bool,
     pub(crate) heartbeat: bool,
     pub(crate) check_quorum: bool,
+    /// Nothing was committed for long, though something waits.
+    pub(crate) stuck: bool,
 }
 
 /// See the module's comment.
@@ -32,6 +37,7 @@ pub(crate) struct Time {
     wait: u64,
     since_heartbeat: u64,
     since_check: u64,
+    since_commit: u64,
     /// Waiting takes [`IDLE_FACTOR`] times as long.
     idle: bool,
     /// Elections in vain since a leader was heard.
@@ -53,6 +59,7 @@ impl Time {
             wait: config.election_timeout_ns,
             since_heartbeat: 0,
             since_check: 0,
+            since_commit: 0,
             idle: false,
             attempts: 0,
             silent_from: (!fresh).then_some(now),
@@ -76,12 +83,14 @@ impl Time {
         self.waited += passed;
         self.since_heartbeat += passed;
         self.since_check += passed;
+        self.since_commit += passed;
         let longer = if self.idle { IDLE_FACTOR } else { 1 };
         let heartbeat = self.since_heartbeat >= self.heartbeat_ns * longer;
         let check_quorum = self.since_check >= self.timeout_ns * longer;
         self.since_heartbeat *= u64::from(!heartbeat);
         self.since_check *= u64::from(!check_quorum);
-        Due { election: self.waited >= self.wait * longer, heartbeat, check_quorum }
+        let stuck = self.since_commit >= self.timeout_ns * STUCK_TIMEOUTS;
+        Due { election: self.waited >= self.wait * longer, heartbeat, check_quorum, stuck }
     }
 
     /// Waiting for an election begins anew.
@@ -106,6 +115,11 @@ impl Time {
     /// A heartbeat is due at the next tick.
     pub(crate) fn beat_soon(&mut self) {
         self.since_heartbeat = self.heartbeat_ns;
+    }
+
+    /// A leader's entries are committed, or it has none that wait.
+    pub(crate) fn committed(&mut self) {
+        self.since_commit = 0;
     }
 
     /// A heartbeat leaves now.
@@ -148,7 +162,7 @@ mod tests {
             assert!(!time.tick(now).election);
         }
         let due = time.tick(60_000);
-        assert_eq!(due, Due { election: true, heartbeat: true, check_quorum: true });
+        assert_eq!(due, Due { election: true, heartbeat: true, check_quorum: true, stuck: false });
         time.restart(1000);
         assert_eq!(time.tick(90_000), Due { heartbeat: true, ..Due::default() }, "but no election: 200 passed");
         let dues = (1..=10).filter(|i| time.tick(90_000 + i * 100).election).count();
@@ -169,7 +183,7 @@ mod tests {
         assert_eq!(ticks(&mut time, 5000), [0, 1, 0], "a heartbeat in 1600 instead of 200");
         assert!(!time.refuses_votes(), "2000 after the leader was heard");
         time.set_idle(false);
-        assert_eq!(time.tick(7100), Due { election: true, heartbeat: true, check_quorum: true });
+        assert_eq!(time.tick(7100), Due { election: true, heartbeat: true, check_quorum: true, stuck: false });
         time.beat_soon();
         assert!(time.tick(7100).heartbeat);
     }

@@ -54,8 +54,9 @@ pub(crate) fn replay(drafts: &mut FxHashMap<CopysetId, Draft>, record: Record, a
     }
     let draft = drafts.entry(copyset).or_default();
     if draft.incarnation != incarnation {
-        // Another life begins with a checkpoint; before any was seen, the later record is of the later life.
-        let begins = matches!(body, Body::Checkpoint { .. }) || draft.checkpoint.is_none();
+        // Another life begins with a checkpoint; before any was seen, the later record is of the later life. Nobody's life
+        // (0) begins when nothing else is known: it is written by whoever could not read what was there.
+        let begins = matches!(body, Body::Checkpoint { .. }) && incarnation != 0 || draft.checkpoint.is_none();
         if !begins {
             return;
         }

@@ -228,6 +228,7 @@ impl Store {
         };
         let waits = deleted_index.is_some();
         self.graves.push(Grave { slot, history, tomb, waits, stage: GraveStage::Open });
+        self.open_graves += 1;
         if let Some(round) = &mut self.round {
             round.orphan(slot, chunk);
         }
@@ -242,7 +243,7 @@ impl Store {
     /// Some of them wait for the next round, to write that their chunk is gone.
     #[must_use]
     pub fn has_open_graves(&self) -> bool {
-        self.graves.iter().any(|grave| grave.stage == GraveStage::Open)
+        self.open_graves > 0
     }
 
     /// Give back every slot whose grave is closed and waits for nothing.

@@ -109,6 +109,8 @@ pub struct Store {
     /// Chunks in doubt: those whose `suspect` is set.
     pub(super) doubts: BTreeSet<(CopysetId, u64)>,
     pub(super) graves: Vec<Grave>,
+    /// Those that wait for the next round.
+    pub(super) open_graves: usize,
     /// Chunks whose deletion up to this index is on the disk already (while replaying), or is known from another replica.
     pub(super) gone: FxHashMap<(CopysetId, u64), u64>,
     pub(super) round: Option<Round>,
@@ -133,6 +135,7 @@ impl Store {
             singles: BTreeSet::new(),
             doubts: BTreeSet::new(),
             graves: Vec::new(),
+            open_graves: 0,
             gone: FxHashMap::default(),
             round: None,
             counters: Counters::default(),

@@ -135,8 +135,7 @@ impl Store {
     pub fn begin_round(&mut self, applied: &[(CopysetId, u64)]) -> Option<RoundStart> {
         assert!(self.round.is_none(), "rounds do not overlap");
         assert!(self.slots.all_loaded(), "no shard writes metapages while another one still reads them");
-        let graves = self.graves.iter().any(|grave| grave.stage == GraveStage::Open);
-        if self.dirty.is_empty() && !graves {
+        if self.dirty.is_empty() && !self.has_open_graves() {
             return None;
         }
         let incarnation =
@@ -195,6 +194,7 @@ impl Store {
     }
 
     fn capture_graves(&mut self, round: &mut Round, commits: &mut BTreeMap<CopysetId, u64>) {
+        self.open_graves = 0;
         for grave in self.graves.iter_mut().filter(|grave| grave.stage == GraveStage::Open) {
             grave.stage = GraveStage::InRound;
             grave.history.page += 1;

@@ -10,7 +10,7 @@
 //!   next one, and is not deposed by a replica that lost a connection.
 
 use super::{Copyset, Role};
-use crate::screen::{IDLE_ASKED, IDLE_TAKEN, says};
+use crate::screen::{IDLE_ASKED, IDLE_TAKEN, from_leader, says};
 use bytes::Bytes;
 use raft::eraftpb::{Message, MessageType};
 
@@ -75,8 +75,8 @@ impl Copyset {
             return false;
         }
         let idle = self.time.is_idle() && !says(message, IDLE_TAKEN);
-        // A leader's message says by itself what time it is.
-        if idle && message.from != self.leader() {
+        // What only a leader sends says by itself what time it is.
+        if idle && !(message.from == self.leader() && from_leader(message.get_msg_type())) {
             self.stir();
         }
         idle

@@ -8,6 +8,8 @@ use raft::eraftpb::{Message, MessageType};
 
 /// A pre-vote in vain is tried again soon at first, then ever later: T/8 times this power of two at most.
 const BACKOFF_MAX: u32 = 3;
+/// A leader that lets others try does not campaign for so many T.
+const YIELD_TIMEOUTS: u64 = 4;
 
 impl Copyset {
     /// Time has passed. Missed ticks are not made up for (rule 17).
@@ -32,6 +34,7 @@ impl Copyset {
                 self.start_round();
             }
             self.tick_leader();
+            self.tick_commit(due.stuck);
         } else if self.conf().sole_voter(self.config.peer) {
             // Not by the timer: it would campaign with entries that are not durable yet.
             self.campaign_alone();
@@ -50,6 +53,21 @@ impl Copyset {
         }
         self.renew_offers();
         self.drive();
+    }
+
+    /// A quorum that hears a leader and takes nothing from it has no room for what it proposed: the chunks it would create
+    /// fit on the leader's disk alone, and what would make room waits behind them. Who has as little room as they have
+    /// must lead; then what waits here is given up (it was not answered), and deletions go through.
+    fn tick_commit(&mut self, stuck: bool) {
+        let commit = self.commit_index();
+        let moved = std::mem::replace(&mut self.committed, commit) != commit;
+        if moved || commit == self.last_index() {
+            self.time.committed();
+        } else if stuck && self.may_read(self.time.now()) {
+            self.time.committed();
+            self.yields_until = self.time.now() + YIELD_TIMEOUTS * self.config.election_timeout_ns;
+            self.step_down();
+        }
     }
 
     /// A leader that no quorum answered for T steps down.
@@ -78,7 +96,7 @@ impl Copyset {
     /// True if this replica may ask for votes, its own included.
     fn may_campaign(&self) -> bool {
         let able = self.raw.raft.promotable() && !self.removed && !self.held_back && !self.suspicion.holds();
-        able && !self.time.refuses_votes()
+        able && !self.time.refuses_votes() && self.time.now() >= self.yields_until
     }
 
     fn campaign(&mut self) {
@@ -116,6 +134,7 @@ impl Copyset {
         if now.1 == StateRole::Leader {
             self.lease.reset();
             self.time.restart_leader();
+            self.time.committed();
             self.time.heard(self.time.now());
             self.start_round();
         }
