@@ -2,7 +2,10 @@
 sees of a restart and of an upgrade of part2."""
 import json, os, signal, subprocess, time
 
+import nodes, part1
+
 SPAN = 1 << 30
+RECORDED = 500
 
 
 class Nebd:
@@ -72,6 +75,27 @@ class Nebd:
         old.wait()
         self.server.process = Adopted(done["pid"])
 
+    def record(self):
+        """As many volumes as a large host has, opened by clients that are gone by now."""
+        for number in range(RECORDED):
+            self.server.ctl("volume", "create", "--name", f"many{number}", "--size", "16MiB", "--copysets", "1:1-8")
+        part1.record(part1.configure(self.server.folder, self.socket), [f"cbd:pool//many{n}_figures_" for n in range(RECORDED)])
+
+    def start_recorded(self):
+        """After kill -9: milliseconds from the start of the process until a call is answered; until all files are open."""
+        server = self.server
+        server.stop(signal.SIGKILL)
+        began = time.monotonic()
+        server.process = subprocess.Popen([server.bin, "serve", "--config", server.path("cs.toml")])
+        if not part1.answers(self.socket, RECORDED):
+            raise nodes.Trouble(f"file {RECORDED} is not known after a restart")
+        self.note("nebd_recorded_answer_ms", (time.monotonic() - began) * 1000)
+        while part1.open_files(self.socket) < RECORDED:
+            if time.monotonic() > began + 60:
+                raise nodes.Trouble("not all recorded files are open after 60 s")
+            time.sleep(0.001)
+        self.note("nebd_recorded_open_ms", (time.monotonic() - began) * 1000)
+
     def run(self, args):
         self.prepare()
         for number in range(args.rounds):
@@ -80,6 +104,9 @@ class Nebd:
         for _ in range(args.rounds):
             self.through("restart", self.restart)
             self.through("upgrade", self.upgrade)
+        self.record()
+        for _ in range(2 * args.rounds + 1):
+            self.start_recorded()
 
 
 class Adopted:
