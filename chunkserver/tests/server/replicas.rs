@@ -10,19 +10,19 @@ use std::process::Command;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Instant;
 
-const COPYSETS: u32 = 3;
+pub(super) const COPYSETS: u32 = 3;
 
 fn setup() -> Setup {
     Setup { extra: "election_timeout_ms = 300".into(), ..Setup::default() }
 }
 
 /// Three nodes with disks.
-struct Nodes {
-    labs: Vec<Lab>,
+pub(super) struct Nodes {
+    pub(super) labs: Vec<Lab>,
 }
 
 impl Nodes {
-    fn new() -> Self {
+    pub(super) fn new() -> Self {
         Self { labs: (0..3).map(|_| Lab::new(setup())).collect() }
     }
 
@@ -31,7 +31,7 @@ impl Nodes {
     }
 
     /// Copysets of all three, each with a leader.
-    fn create(&self) {
+    pub(super) fn create(&self) {
         let count = COPYSETS.to_string();
         self.labs[0].ask(&[
             "copyset",
@@ -50,7 +50,7 @@ impl Nodes {
         }
     }
 
-    fn status(&self, node: usize, copyset: u32) -> Option<Value> {
+    pub(super) fn status(&self, node: usize, copyset: u32) -> Option<Value> {
         let lab = &self.labs[node];
         let out = Command::new(BINARY)
             .args(["copyset", "status", &format!("1:{copyset}"), "--json", "--node", &lab.address.to_string()])
@@ -60,7 +60,7 @@ impl Nodes {
     }
 
     /// Who leads, apart from `but`.
-    fn leader(&self, copyset: u32, but: Option<usize>) -> usize {
+    pub(super) fn leader(&self, copyset: u32, but: Option<usize>) -> usize {
         let mut leader = None;
         wait_for("a leader", || {
             let leads = |&node: &usize| self.status(node, copyset).is_some_and(|seen| seen["state"] == "leader");
@@ -70,7 +70,7 @@ impl Nodes {
         leader.unwrap()
     }
 
-    fn lead(&self, copyset: u32, node: usize) {
+    pub(super) fn lead(&self, copyset: u32, node: usize) {
         let (set, peer) = (format!("1:{copyset}"), self.labs[node].peer());
         wait_for("the leader to move", || {
             if self.status(node, copyset).is_some_and(|seen| seen["state"] == "leader") {
@@ -83,7 +83,7 @@ impl Nodes {
     }
 }
 
-fn create_volume(lab: &Lab, nodes: &Nodes) -> Value {
+pub(super) fn create_volume(lab: &Lab, nodes: &Nodes) -> Value {
     let (peers, sets) = (nodes.peers(), format!("1:1-{COPYSETS}"));
     lab.ask(&[
         "volume",
