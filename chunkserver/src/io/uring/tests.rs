@@ -13,6 +13,7 @@ fn ring(files: Vec<RawFd>, listeners: Vec<RawFd>, shard: u16, doorbells: &Arc<Do
         files,
         listeners,
         arenas: vec![Arc::clone(&arena)],
+        touched: Arc::new(AtomicBool::new(true)),
         entries: 64,
         recv_buffers: (8, 16 << 10),
         doorbells: Arc::clone(doorbells),
