@@ -3,6 +3,7 @@
 //! Generic over [`Io`], so that the simulator runs this very code. Group commit, send batching and raft batching come
 //! from the turn, not from a knob.
 
+mod conn;
 mod drain;
 pub mod handover;
 mod nebd;
@@ -26,10 +27,10 @@ use crate::shard::mail::PeerMail;
 use crate::shard::{Arenas, Effects, Failure, Shard};
 use crate::volume::catalog::SharedCatalog;
 use crate::volume::remote::{Remote, RemoteCounts};
+use conn::Conn;
 use handover::{Handed, Pause, Stage};
 use routing::{Gather, Job, Waiting};
 use slab::Slab;
-use sockets::Conn;
 use std::collections::{BTreeMap, BinaryHeap, VecDeque};
 use std::sync::Arc;
 

@@ -233,10 +233,16 @@ impl Store {
         }
     }
 
-    /// Slots of deleted chunks wait for a checkpoint that covers their Delete.
+    /// Slots of deleted chunks are not reusable yet: a round or a checkpoint will make them so.
     #[must_use]
-    pub fn slots_await_checkpoint(&self) -> bool {
-        self.graves.iter().any(|grave| grave.waits)
+    pub fn has_graves(&self) -> bool {
+        !self.graves.is_empty()
+    }
+
+    /// Some of them wait for the next round, to write that their chunk is gone.
+    #[must_use]
+    pub fn has_open_graves(&self) -> bool {
+        self.graves.iter().any(|grave| grave.stage == GraveStage::Open)
     }
 
     /// Give back every slot whose grave is closed and waits for nothing.

@@ -431,7 +431,7 @@ fn copyset_json(c: &CopysetStatus) -> Value {
         "pool": id.pool(), "copyset": id.copyset(), "state": state, "leader": PeerId(c.leader).to_string(),
         "peers": c.peers.iter().map(|&p| PeerId(p).to_string()).collect::<Vec<_>>(), "term": c.term,
         "committed": c.committed, "applied": c.applied, "first": c.first, "last": c.last, "durable": c.durable,
-        "epoch": c.epoch, "chunks": c.chunks,
+        "epoch": c.epoch, "chunks": c.chunks, "changing": c.changing,
     })
 }
 

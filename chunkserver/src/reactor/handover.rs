@@ -15,7 +15,7 @@
 //! * Leave: answers that a client does not take are cut off where the kernel has them, and go with it; the log is sealed,
 //!   every device operation reaped, peers are closed.
 
-use super::sockets::{Conn, Session};
+use super::conn::{Conn, Session};
 use super::{Owner, Reactor, token};
 use crate::control::shards::Port;
 use crate::io::buffer::RecvBuf;

@@ -8,8 +8,8 @@
 //! stays so: its client may be gone.
 
 use super::Reactor;
+use super::conn::Session;
 use super::routing::{Client, Job, Whose};
-use super::sockets::Session;
 use crate::io::{Instant, Io};
 use crate::metrics::Counter;
 use crate::nebd::files::NebdFd;

@@ -4,8 +4,8 @@
 //! shard it names before the greeting is answered: the peer sends nothing meanwhile, so no byte is handed over, and mail
 //! never hops between shards.
 
+use super::conn::Session;
 use super::routing::Client;
-use super::sockets::Session;
 use super::{Owner, Reactor, Setup, token};
 use crate::chunk::shard_of;
 use crate::io::{ConnId, Done, Instant, Io, Op};

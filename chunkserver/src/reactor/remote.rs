@@ -1,7 +1,7 @@
 //! Volumes' operations on their way to other servers, and the connections to those (`volume::remote`).
 
+use super::conn::Session;
 use super::routing::Whom;
-use super::sockets::Session;
 use super::{Owner, Reactor, token};
 use crate::chunk::shard_of;
 use crate::io::{Done, Io, Op, ShardId};

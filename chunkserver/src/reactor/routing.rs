@@ -2,8 +2,8 @@
 //!
 //! Every request has a slot here until its reply came; a connection that is gone by then only loses the answer.
 
+use super::conn::Session;
 use super::remote::Asker;
-use super::sockets::Session;
 use super::{Owner, Reactor, token};
 use crate::chunk::shard_of;
 use crate::control::shards::CONTROL;

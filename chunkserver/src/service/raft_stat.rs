@@ -70,6 +70,7 @@ mod tests {
             peer: peer.0,
             leader: peer.0,
             peers: vec![peer.0],
+            changing: false,
             term: 2,
             committed: 27,
             applied: 27,

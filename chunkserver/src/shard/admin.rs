@@ -174,6 +174,7 @@ impl Shard {
             peer: raft.peer(),
             leader: raft.leader(),
             peers: conf.voters.clone(),
+            changing: raft.change_in_progress().is_some(),
             term: raft.term(),
             committed: raft.commit_index(),
             applied: group.applied,

@@ -2,7 +2,7 @@
 //! number of bytes at a time, and given up again as soon as raft has made its messages of them. In the same way a tail
 //! comes back into memory that is to be logged again, after a restart.
 
-use super::{DISK, Effects, Shard, Task};
+use super::{DISK, Effects, Group, Shard, Task};
 use crate::io::Instant;
 use crate::io::buffer::PoolBuf;
 use crate::io::{Errno, Op};
@@ -56,7 +56,8 @@ impl Shard {
         }
         self.catch_up.tails_at = self.now.after_ms(TAILS_MS);
         for &(id, last) in tails {
-            let follows = self.groups.get(&id).is_some_and(|group| group.raft.role() != Role::Leader);
+            let follows = |group: &Group| group.raft.role() != Role::Leader && !group.damaged;
+            let follows = self.groups.get(&id).is_some_and(follows);
             let Some(index) = log.index(id).filter(|_| follows && !self.catch_up.fetching.contains_key(&id)) else {
                 continue;
             };

@@ -51,6 +51,25 @@ impl Shard {
         }
     }
 
+    /// A client wants something of a copyset, or wants to know who leads it: it may be idle.
+    pub(super) fn wanted(&mut self, id: CopysetId) {
+        let now = self.now.0;
+        if let Some(group) = self.groups.get_mut(&id) {
+            group.raft.wanted(now);
+            if group.raft.dirty() {
+                self.mark_dirty(id);
+            }
+        }
+    }
+
+    pub(super) fn mark_dirty(&mut self, id: CopysetId) {
+        if let Some(group) = self.groups.get_mut(&id)
+            && !std::mem::replace(&mut group.dirty, true)
+        {
+            self.dirty.push(id);
+        }
+    }
+
     /// All of raft's news of this turn is in the log.
     pub(super) fn all_ready(&mut self) {
         self.proposed_cost = 0;

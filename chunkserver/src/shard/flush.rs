@@ -96,13 +96,15 @@ impl Shard {
         }
         let wants = self.extents.wanted();
         self.flush.slots_wanted |= std::mem::replace(&mut self.flush.wants_seen, wants) != wants;
-        self.flush.slots_wanted &= self.store.slots_await_checkpoint();
+        self.flush.slots_wanted &= self.store.has_graves();
         if self.flush.slots_wanted {
             return true;
         }
+        let idle = Instant(self.store.changed_ns()).after_ns(self.config.flush_age_ns / IDLE_PART);
         let Some(oldest) = self.store.oldest_dirty_ns() else {
-            self.flush.next = Instant::FAR;
-            return false;
+            // What a purged copyset held may be all that there is to write, and another shard may need its slots.
+            self.flush.next = if self.store.has_open_graves() { idle } else { Instant::FAR };
+            return self.flush.next <= self.now;
         };
         if dirty * 2 >= self.config.dirty_limit || std::mem::take(&mut self.flush.urgent) {
             return true;
@@ -110,7 +112,6 @@ impl Shard {
         if self.arenas.all_payload.iter().any(|a| a.free_bytes() < a.size() / 4) {
             return true;
         }
-        let idle = Instant(self.store.changed_ns()).after_ns(self.config.flush_age_ns / IDLE_PART);
         self.flush.next = Instant(oldest).after_ns(self.config.flush_age_ns).min(idle);
         self.flush.next <= self.now
     }

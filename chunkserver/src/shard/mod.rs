@@ -540,25 +540,6 @@ impl Shard {
         out.ops.push((self.tasks.insert(task) as u64, op));
     }
 
-    /// A client wants something of a copyset, or wants to know who leads it: it may be idle.
-    fn wanted(&mut self, id: CopysetId) {
-        let now = self.now.0;
-        if let Some(group) = self.groups.get_mut(&id) {
-            group.raft.wanted(now);
-            if group.raft.dirty() {
-                self.mark_dirty(id);
-            }
-        }
-    }
-
-    fn mark_dirty(&mut self, id: CopysetId) {
-        if let Some(group) = self.groups.get_mut(&id)
-            && !std::mem::replace(&mut group.dirty, true)
-        {
-            self.dirty.push(id);
-        }
-    }
-
     /// Collect what raft wants done; true if there was anything.
     fn raft_ready(&mut self, out: &mut Effects) -> bool {
         let mut dirty = std::mem::replace(&mut self.dirty, std::mem::take(&mut self.spare));

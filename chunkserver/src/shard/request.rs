@@ -196,6 +196,8 @@ pub struct CopysetStatus {
     pub leader: u64,
     /// Voters.
     pub peers: Vec<u64>,
+    /// It leads, and a change of members or of the leader is under way.
+    pub changing: bool,
     /// Raft term.
     pub term: u64,
     /// Committed index.

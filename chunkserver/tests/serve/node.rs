@@ -80,6 +80,7 @@ impl Node {
             peer: own,
             leader: self.leader,
             peers: peers.to_vec(),
+            changing: false,
             term: 2,
             committed: 1,
             applied: 1,

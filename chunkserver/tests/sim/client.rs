@@ -257,8 +257,10 @@ impl Client {
             rot::name_the_harmed(&mut world.nodes[0].disk);
         }
         let exposed = &mut world.nodes[0].disk.exposed;
-        // A disk that made nothing durable may have forgotten a copyset as well.
-        let harmed = status == 3 && exposed.explains(&record) || status == 6 && exposed.everything;
+        // Nobody may know any more of a copyset whose log is harmed, if it never held anything.
+        let copyset = record.first.copyset;
+        let forgotten = || exposed.everything || exposed.lost(copyset) && !history.holds(copyset);
+        let harmed = status == 3 && exposed.explains(&record) || status == 6 && forgotten();
         if harmed {
             history.count("refused for what is harmed");
         } else if status == 3 {

@@ -102,6 +102,12 @@ impl History {
         *self.counts.entry(what).or_default() += 1;
     }
 
+    /// Whether a write to this copyset was ever answered. (Zero and Delete may find nothing to do.)
+    pub(crate) fn holds(&self, copyset: u64) -> bool {
+        let written = |r: &Record| r.kind == Kind::Write && r.outcome == Outcome::Done;
+        self.records.iter().any(|r| r.first.copyset == copyset && written(r))
+    }
+
     /// The value that operation `id` writes into its `at`-th block; unique in the run.
     pub(crate) fn value(id: usize, at: u64) -> u64 {
         (id as u64 + 1) << 8 | at

@@ -40,11 +40,12 @@ pub(crate) fn peer(node: usize) -> PeerId {
 pub(crate) struct ServerSystem {
     /// Election timeout of copysets with several voters.
     pub(crate) election_ms: u64,
+    pub(crate) trash_s: u64,
 }
 
 impl Default for ServerSystem {
     fn default() -> Self {
-        Self { election_ms: 1_000 }
+        Self { election_ms: 1_000, trash_s: 0 }
     }
 }
 
@@ -111,7 +112,7 @@ impl System for ServerSystem {
                 dirty_limit: DIRTY,
                 flush_age_ns: FLUSH_AGE_NS,
                 election_ms: self.election_ms,
-                trash_s: 0,
+                trash_s: self.trash_s,
                 wall_s: 0,
                 seed: world.borrow_mut().rng.next(),
             };
@@ -156,10 +157,6 @@ impl Program for Server {
     }
     fn led(&self, see: &mut dyn FnMut(u64, u64, Option<u64>)) {
         self.shard().led().for_each(|(id, term, epoch)| see(id.0, term, epoch));
-    }
-    fn full(&self) -> bool {
-        let status = self.shard().status();
-        status.slots_free == 0 && status.slots_unclaimed == 0
     }
     fn count(&self, counter: Counter) -> u64 {
         self.1.value(counter)

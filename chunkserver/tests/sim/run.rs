@@ -14,10 +14,6 @@ pub(crate) trait Program {
     fn turn(&mut self) -> Option<String>;
     /// The copysets it leads: id, term, and the configuration's epoch once it may answer.
     fn led(&self, _see: &mut dyn FnMut(u64, u64, Option<u64>)) {}
-    /// It has no slot left for a chunk.
-    fn full(&self) -> bool {
-        false
-    }
     /// What it has counted.
     fn count(&self, _counter: Counter) -> u64 {
         0
@@ -171,11 +167,6 @@ impl Sim {
     /// Terms of copysets that had a leader.
     pub(crate) fn elections(&self) -> usize {
         self.leaders.len()
-    }
-
-    /// Whether a node's shard has no slot left.
-    pub(crate) fn full(&self, node: usize, shard: u16) -> bool {
-        self.programs[node].get(usize::from(shard)).is_some_and(|program| program.full())
     }
 
     /// What a node's shards have counted.

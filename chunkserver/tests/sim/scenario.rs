@@ -232,6 +232,14 @@ pub(crate) fn number(name: &str) -> Option<u64> {
     std::env::var(name).ok()?.parse().ok()
 }
 
+/// With one seed: what the nodes say, as `RUST_LOG` wants it.
+pub(crate) fn speak() {
+    if number("SIM_SEED").is_some() {
+        let filter = tracing_subscriber::EnvFilter::from_default_env();
+        let _ = tracing_subscriber::fmt().with_env_filter(filter).without_time().try_init();
+    }
+}
+
 /// The seeds: one with its whole report (`SIM_SEED`), or many (`SIM_SEEDS`, from `SIM_FROM`).
 #[test]
 fn seeds() {
@@ -239,6 +247,7 @@ fn seeds() {
         (Some(seed), _) => (seed, 1),
         (None, many) => (number("SIM_FROM").unwrap_or(0), many.unwrap_or(10)),
     };
+    speak();
     let (mut totals, mut ops) = (BTreeMap::<&'static str, u64>::new(), 0);
     for seed in from..from + count {
         let outcome = std::panic::catch_unwind(|| run(seed, system()));

@@ -160,6 +160,27 @@ fn a_full_pool_refuses_new_chunks_only_and_deletes_make_room() {
 }
 
 #[test]
+fn slots_of_a_purged_copyset_come_back_though_nothing_else_happens() {
+    for seed in 0..4 {
+        let mut world = world(Setup::default(), seed);
+        let free = |world: &mut World| world.shard().status().slots_unclaimed;
+        let all = free(&mut world);
+        for chunk in 0..5 {
+            let slot = world.write(A, chunk, 0, 1, 7 + chunk).unwrap();
+            assert_eq!(world.outcome_of(slot), Outcome::Success);
+        }
+        world.settle();
+        assert!(free(&mut world) < all);
+        let gone = world.ask(A, RequestOp::Admin(AdminOp::DeleteCopyset));
+        assert_eq!(world.outcome_of(gone), Outcome::Success);
+        world.now = world.now.after_ms(2_000);
+        world.turn();
+        world.settle();
+        assert_eq!(free(&mut world), all, "{}", world.describe());
+    }
+}
+
+#[test]
 fn copysets_deleted_and_created_again_under_load() {
     for seed in 0..6 {
         let mut world = world(Setup { segments: 3, flush_age_ms: 1, ..Setup::default() }, seed);

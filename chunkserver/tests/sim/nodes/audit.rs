@@ -3,11 +3,9 @@
 use super::{COPYSETS, Run, peer};
 use crate::client::{CHUNK, POOL};
 use crate::codec;
-use crate::node::SHARDS;
 use crate::run::Actor;
 use crate::world::{ActorEvent, World};
 use bytes::BytesMut;
-use chunkserver::chunk::shard_of;
 use chunkserver::shard::request::CopysetStatus;
 use raftlog::CopysetId;
 use std::cell::RefCell;
@@ -15,11 +13,15 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::rc::Rc;
 
 const CHUNK_BYTES: u64 = 256 << 10;
-const LEADER: u32 = 1;
+pub(super) const LEADER: u32 = 1;
 const OUT_OF_SERVICE: u32 = 5;
 const STEP: u64 = 100_000_000;
 /// So long may replicas take to agree, steps.
-const STEPS: u64 = 400;
+pub(super) const STEPS: u64 = 400;
+/// So often is a replica asked that refuses a chunk which another one has, steps apart: longer than the server's longest
+/// pause between two attempts to repair.
+const ASKS: u64 = 90;
+const STEPS_APART: u64 = 10;
 
 /// Lets time pass.
 struct Sleep {
@@ -99,7 +101,7 @@ impl Actor for Hasher {
 }
 
 impl Run {
-    fn sleep(&mut self) {
+    pub(super) fn sleep(&mut self) {
         let me = self.sim.actors.len();
         self.sim.add_actor(Box::new(Sleep { me, over: false }));
         self.go(2 * STEP);
@@ -147,14 +149,8 @@ impl Run {
                 let harmed = self.sim.world.borrow().nodes[node].disk.exposed.lost(copyset);
                 harmed && find(node).is_some_and(|s| s.state == OUT_OF_SERVICE && s.peers.is_empty())
             };
-            // So may be a replica on a disk that is full of what replicas left there which are no members any more.
-            let moved = self.nodes > 3;
-            let full = |&node: &usize| {
-                let behind = find(node).is_some_and(|s| s.applied < leader.applied);
-                moved && behind && self.sim.full(node, shard_of(id, SHARDS))
-            };
             let member = |node: &usize| leader.peers.contains(&peer(*node).0);
-            let nodes: Vec<usize> = (0..self.nodes).filter(member).filter(|node| !lost(node) && !full(node)).collect();
+            let nodes: Vec<usize> = (0..self.nodes).filter(member).filter(|node| !lost(node)).collect();
             let same = |&node: &usize| {
                 find(node).is_some_and(|s| {
                     (s.applied, s.last, s.term, s.leader) == (leader.last, leader.last, leader.term, leader.peer)
@@ -190,23 +186,37 @@ impl Run {
         let parts = chunks
             .iter()
             .flat_map(|&(copyset, chunk)| voters[&copyset].iter().map(move |&node| (node, copyset, chunk)));
-        let (me, found) = (self.sim.actors.len(), Rc::default());
-        let links = super::client::Links::new(self.nodes);
-        self.sim.add_actor(Box::new(Hasher { me, links, left: parts.collect(), found: Rc::clone(&found) }));
-        if !self.go(super::PATIENCE) {
-            return Some("checksums of chunks were not answered");
+        let (mut left, found) = (parts.collect::<BTreeSet<Part>>(), Rc::default());
+        for _ in 0..ASKS {
+            if !self.hash(&left, &found) {
+                return Some("checksums of chunks were not answered");
+            }
+            // What is harmed on all of them is lost; all else must come back.
+            left.retain(|part| found.borrow()[part].0 != 0);
+            left.retain(|&(_, copyset, chunk)| !voters[&copyset].iter().all(|&n| self.harmed(n, copyset, chunk)));
+            if left.is_empty() {
+                break;
+            }
+            (0..STEPS_APART).for_each(|_| self.sleep());
         }
         for (copyset, chunk) in chunks {
             let of = |&node: &usize| (node, found.borrow()[&(node, copyset, chunk)].clone());
             let all: Vec<(usize, Said)> = voters[&copyset].iter().map(of).collect();
             let healthy: Vec<_> =
-                all.iter().filter(|(node, said)| said.0 == 0 || !self.harmed(*node, copyset, chunk)).collect();
+                all.iter().filter(|(node, said)| said.0 == 0 || left.contains(&(*node, copyset, chunk))).collect();
             if healthy.iter().any(|(_, said)| said.0 != 0 || *said != healthy[0].1) {
                 let why = format!("copyset {copyset} chunk {chunk}: the replicas' checksums differ: {all:?}");
                 self.history.borrow_mut().violations.push(why);
             }
         }
         None
+    }
+
+    /// Have these answered.
+    fn hash(&mut self, parts: &BTreeSet<Part>, found: &Rc<RefCell<BTreeMap<Part, Said>>>) -> bool {
+        let (me, links) = (self.sim.actors.len(), super::client::Links::new(self.nodes));
+        self.sim.add_actor(Box::new(Hasher { me, links, left: parts.clone(), found: Rc::clone(found) }));
+        self.go(super::PATIENCE)
     }
 
     /// Whether a node's disk has harmed this chunk, so that it may refuse to read it.

@@ -56,7 +56,7 @@ fn cpu_ms() -> f64 {
 }
 
 fn idle(copysets: u64) -> Cost {
-    let mut sim = Sim::new(7, Box::new(ServerSystem { election_ms: ELECTION_MS }), NODES);
+    let mut sim = Sim::new(7, Box::new(ServerSystem { election_ms: ELECTION_MS, trash_s: 0 }), NODES);
     let members = (1..=copysets).map(|copyset| (copyset, (0..NODES).collect())).collect();
     sim.add_actor(Box::new(Founder::new(0, NODES, &members)));
     assert!(sim.run(60 * SECOND), "the copysets are not created");

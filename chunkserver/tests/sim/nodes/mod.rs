@@ -6,6 +6,7 @@
 //! voters of a copyset come to hold the same bytes.
 
 mod audit;
+mod bury;
 mod client;
 mod idle;
 mod nemesis;
@@ -88,7 +89,7 @@ impl Run {
 
     /// Everything that must hold once it is calm; why not, if not.
     fn end(&mut self) -> Option<&'static str> {
-        if let Some(stuck) = self.clean() {
+        if let Some(stuck) = self.bury().or_else(|| self.clean()) {
             return Some(stuck);
         }
         if let Some(stuck) = self.sweep().or_else(|| self.audit()) {
@@ -106,7 +107,7 @@ impl Run {
 pub(crate) fn run(seed: u64, nodes: usize, canary: Option<Canary>) -> Outcome {
     let mut rng = Rng::new(seed ^ 0x90de5 ^ (nodes as u64) << 32);
     let election_ms = [150, 300, 400][rng.below(3) as usize];
-    let mut sim = Sim::new(seed, Box::new(ServerSystem { election_ms }), nodes);
+    let mut sim = Sim::new(seed, Box::new(ServerSystem { election_ms, trash_s: 2 * (seed & 1) }), nodes);
     sim.world.borrow_mut().canary = canary;
     let history = Rc::new(RefCell::new(History::default()));
     let mut members = BTreeMap::new();
@@ -189,11 +190,7 @@ fn seeds() {
         (Some(seed), _) => (seed, 1),
         (None, many) => (number("SIM_FROM").unwrap_or(0), many.unwrap_or(3)),
     };
-    if number("SIM_SEED").is_some() {
-        // What the nodes say, with RUST_LOG.
-        let filter = tracing_subscriber::EnvFilter::from_default_env();
-        let _ = tracing_subscriber::fmt().with_env_filter(filter).without_time().try_init();
-    }
+    crate::scenario::speak();
     let mut totals = BTreeMap::<&'static str, u64>::new();
     let (mut ops, mut virtual_ms) = (0, 0);
     for seed in from..from + count {
