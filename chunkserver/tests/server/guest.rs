@@ -35,7 +35,7 @@ impl Guest {
         cc.arg("-L").arg(&libraries).arg("-lnebd").arg(format!("-Wl,-rpath,{}", libraries.display()));
         assert!(cc.status().unwrap().success());
         let conf = lab.path("nebd-client.conf");
-        std::fs::create_dir(lab.path("locks")).unwrap();
+        std::fs::create_dir_all(lab.path("locks")).unwrap();
         let keys = format!(
             "nebdserver.serverAddress={}\nmetacache.fileLockPath={}\nlog.path={}\nrequest.syncRpcMaxRetryTimes=50\n\
              request.rpcRetryIntervalUs=100000\nrequest.rpcRetryMaxIntervalUs=64000000\n\
@@ -234,5 +234,13 @@ fn writes_wait_for_a_leader_that_is_gone_for_long() {
     assert_eq!(seen["retried"], 0, "part2 kept them, and its connection");
     let log = cluster.exporter.log();
     assert!(!log.contains("parked"), "a leader that is away is no failure: {log}");
-    export.stop();
+    // The end of part2 does not wait for them either.
+    let guest = cluster.guest();
+    moment();
+    for node in [0, 1] {
+        servers[node].take().unwrap().kill();
+    }
+    moment();
+    assert!(export.stop() < Duration::from_secs(10));
+    drop(guest);
 }
