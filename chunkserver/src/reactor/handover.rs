@@ -35,7 +35,10 @@ const SEND_GRACE_MS: u64 = 20;
 /// milliseconds.
 const LEAD_MS: u64 = 2000;
 /// So long others get to take over what they can lead, milliseconds; after that they do it when we are gone.
-const HAND_OVER_MS: u64 = 500;
+const HAND_OVER_MS: u64 = 600;
+/// So long clients of what others lead by now are still answered: who does not ask meanwhile asks a server that is silent, and
+/// waits as long as that is. Milliseconds.
+const REDIRECT_MS: u64 = 100;
 /// How often a loop looks for the next stage, milliseconds.
 const LOOK_MS: u64 = 1;
 /// Write-back rounds that leave little to replay: the one under way, and a whole one.
@@ -147,6 +150,8 @@ pub struct Parting<I> {
 pub(super) struct Part {
     stage: Stage,
     begun: Instant,
+    /// WriteBack: when it last led what others can.
+    led: Option<Instant>,
     reported: bool,
     /// Write-back rounds when it began.
     rounds: u64,
@@ -166,6 +171,7 @@ impl Part {
         Self {
             stage,
             begun: now,
+            led: None,
             reported: false,
             rounds,
             cut_at,
@@ -265,8 +271,16 @@ impl<I: Io> Reactor<I> {
         }
     }
 
+    /// Others lead what they can, and whoever asked us lately has been sent to them.
     fn led_by_others(&mut self, now: Instant) -> bool {
-        self.part.as_ref().is_some_and(|part| part.begun.after_ms(HAND_OVER_MS) <= now) || !self.shard.hand_over()
+        let Some(part) = &mut self.part else { return true };
+        if part.begun.after_ms(HAND_OVER_MS) <= now {
+            return true;
+        }
+        if self.shard.hand_over() {
+            part.led = Some(now);
+        }
+        part.led.is_none_or(|led| led.after_ms(REDIRECT_MS) <= now)
     }
 
     fn written_back(&mut self) -> bool {
