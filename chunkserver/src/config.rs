@@ -50,6 +50,9 @@ pub struct Config {
     pub pin_shards: bool,
     /// Election timeout of copysets with several voters, milliseconds.
     pub election_timeout_ms: u64,
+    /// Most chunk data a second for replicas that are fed chunks (raft snapshots), here and by this server, both together;
+    /// each shard has an even part of it. 0: no limit.
+    pub snapshot_bytes_per_s: ByteSize,
     /// A deleted copyset's chunks keep their slots for so long, seconds, in case it was a mistake; 0: they are free at once.
     pub trash_expire_s: u64,
     /// How long to wait for the lock on `data` and for the ports (an ended process may still hold them), milliseconds.
@@ -127,6 +130,7 @@ impl Default for Config {
             export_shards: 0,
             pin_shards: true,
             election_timeout_ms: 1_000,
+            snapshot_bytes_per_s: ByteSize(0),
             trash_expire_s: 300,
             start_wait_ms: 5_000,
             log: "info".into(),
@@ -205,6 +209,9 @@ impl Config {
         }
         if self.cluster.as_ref().is_some_and(|text| uuid(text).is_none()) {
             return bad("cluster", "must be a UUID other than all zeros, 32 hexadecimal digits with or without dashes");
+        }
+        if (1..1 << 20).contains(&self.snapshot_bytes_per_s.0) {
+            return bad("snapshot_bytes_per_s", "at least 1MiB, or 0 for no limit");
         }
         if self.export_shards > 256 {
             return bad("export_shards", "at most 256");
@@ -328,6 +335,8 @@ mod tests {
         assert!(config.check().is_err());
         let config = Config { flush_age_ms: u64::MAX, ..disk() };
         assert!(config.check().is_err());
+        let slow = |bytes| Config { snapshot_bytes_per_s: ByteSize(bytes), ..disk() }.check().is_err();
+        assert_eq!([0, 1, (1 << 20) - 1, 1 << 20, u64::MAX].map(slow), [false, true, true, false, false]);
     }
 
     #[test]

@@ -271,6 +271,19 @@ enum CopysetCommand {
         #[command(flatten)]
         on: Remote,
     },
+    /// Force these members on one server's replica, leader or not: when the others are gone for good. What only they had is lost
+    ResetPeer {
+        #[command(flatten)]
+        on: Remote,
+        /// Members: as a rule that server alone
+        #[arg(required = true, value_delimiter = ',')]
+        peers: Vec<PeerId>,
+    },
+    /// Take one that was deleted on this server out of the trash
+    Restore {
+        /// `POOL:ID`
+        copyset: String,
+    },
     /// Take this server's or `--node`'s replica of one away, with its data
     Delete {
         /// `POOL:ID`
@@ -426,6 +439,11 @@ fn copyset(to: &Target, command: CopysetCommand) -> anyhow::Result<Value> {
             change(&on, remote::Change::Transfer(peer.unwrap_or(PeerId::NONE)))
         }
         CopysetCommand::Snapshot { on } => Ok(remote::snapshot(on.node, one(&on.copyset)?)?),
+        CopysetCommand::ResetPeer { on, peers } => Ok(remote::reset(on.node, one(&on.copyset)?, &peers)?),
+        CopysetCommand::Restore { copyset } => {
+            let id = one(&copyset)?;
+            local(Ctl::CopysetRestore { pool: id.pool(), copyset: id.copyset() })
+        }
         CopysetCommand::Delete { copyset, node: Some(node) } => Ok(remote::delete(node, one(&copyset)?)?),
         CopysetCommand::Delete { copyset, node: None } => {
             let id = one(&copyset)?;

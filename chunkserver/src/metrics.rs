@@ -272,6 +272,10 @@ counters! {
     MendedBlocks = "mended_blocks_num",
     /// Chunks in doubt taken over from another replica.
     MendedChunks = "mended_chunks_num",
+    /// Chunk data sent to replicas that are fed chunks.
+    SnapshotBytesOut = "raft_snapshot_sent_bytes",
+    /// Chunk data taken in by replicas here that are fed chunks.
+    SnapshotBytesIn = "raft_snapshot_taken_bytes",
     /// Leaderships handed over because the own disk was slow.
     LeadersLeft = "leaders_left_slow_disk_num",
     /// Shards whose log writes have been slow for a while (a gauge).

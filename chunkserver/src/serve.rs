@@ -358,6 +358,7 @@ impl Parts<'_> {
             dirty_limit: self.config.dirty_limit.0 as usize,
             flush_age_ns: self.config.flush_age_ms.saturating_mul(1_000_000),
             election_ms: self.config.election_timeout_ms,
+            snapshot_rate: self.config.snapshot_bytes_per_s.0 / u64::from(self.node.shards).max(1),
             trash_s: self.config.trash_expire_s,
             wall_s: wall_s(),
             seed: life.rotate_left(u32::from(shard)) ^ u64::from(shard) << 56,

@@ -2,8 +2,8 @@
 //!
 //! Format owned (little-endian):
 //! ```text
-//! | version u8 = 1 | flags u8 (bit 0: leave the joint stage by itself, 1: retired, 2: suspect) | 4 x count u16 | epoch u64 | ids u64 ... |
-//! | if retired: u64 |
+//! | version u8 = 1 | flags u8 (bit 0: leave the joint stage by itself, 1: retired, 2: suspect, 3: void) | 4 x count u16 | epoch u64 | ids u64 ... |
+//! | if retired: u64 | if void: u64 |
 //! ```
 //! The counts and ids are voters, learners, outgoing voters, next learners. A decoded state is one raft-rs accepts:
 //! it ends the process over some that contradict themselves, so those are refused here.
@@ -15,6 +15,7 @@ const VERSION: u8 = 1;
 const FLAG_AUTO_LEAVE: u8 = 1;
 const FLAG_RETIRED: u8 = 2;
 const FLAG_SUSPECT: u8 = 4;
+const FLAG_VOID: u8 = 8;
 const HEAD: usize = 2 + 4 * 2 + 8;
 /// Most members in one list; a bound for hostile input, far above any real copyset.
 const MEMBERS_MAX: usize = 64;
@@ -39,6 +40,9 @@ pub struct ConfState {
     pub retired: u64,
     /// This replica's log lost records, and it has not caught up with what they may have held. Never sent either.
     pub suspect: bool,
+    /// Membership changes up to this index of the log do not count: the voters were forced while they stood in its tail.
+    /// 0: all do.
+    pub void: u64,
 }
 
 /// Why bytes are no [`ConfState`].
@@ -93,20 +97,18 @@ impl ConfState {
     #[must_use]
     pub fn encode(&self) -> Bytes {
         let lists = self.lists();
-        let mut out = BytesMut::with_capacity(HEAD + 8 + 8 * lists.iter().map(|l| l.len()).sum::<usize>());
+        let mut out = BytesMut::with_capacity(HEAD + 16 + 8 * lists.iter().map(|l| l.len()).sum::<usize>());
         out.put_u8(VERSION);
         let flag = |set, flag| if set { flag } else { 0 };
         let own = flag(self.retired != 0, FLAG_RETIRED) | flag(self.suspect, FLAG_SUSPECT);
-        out.put_u8(flag(self.auto_leave, FLAG_AUTO_LEAVE) | own);
+        out.put_u8(flag(self.auto_leave, FLAG_AUTO_LEAVE) | own | flag(self.void != 0, FLAG_VOID));
         for list in lists {
             assert!(list.len() <= MEMBERS_MAX, "configuration with {} members", list.len());
             out.put_u16_le(list.len() as u16);
         }
         out.put_u64_le(self.epoch);
         lists.iter().flat_map(|list| list.iter()).for_each(|&id| out.put_u64_le(id));
-        if self.retired != 0 {
-            out.put_u64_le(self.retired);
-        }
+        [self.retired, self.void].into_iter().filter(|&value| value != 0).for_each(|value| out.put_u64_le(value));
         out.freeze()
     }
 
@@ -118,7 +120,7 @@ impl ConfState {
         if version != VERSION {
             return Err(ConfError::Version(version));
         }
-        if flags & !(FLAG_AUTO_LEAVE | FLAG_RETIRED | FLAG_SUSPECT) != 0 {
+        if flags & !(FLAG_AUTO_LEAVE | FLAG_RETIRED | FLAG_SUSPECT | FLAG_VOID) != 0 {
             return Err(ConfError::Flags(flags));
         }
         let mut take = |count: [u8; 2]| {
@@ -136,13 +138,18 @@ impl ConfState {
             epoch: u64::from_le_bytes(epoch),
             retired: 0,
             suspect: flags & FLAG_SUSPECT != 0,
+            void: 0,
         };
-        if flags & FLAG_RETIRED != 0 {
-            let (at, rest) = ids.split_first_chunk::<8>().ok_or_else(short)?;
-            this.retired = u64::from_le_bytes(*at);
-            ids = rest;
-            if this.retired == 0 {
-                return Err(ConfError::Contradiction("retired at no time"));
+        for (flag, value, never) in [
+            (FLAG_RETIRED, &mut this.retired, "retired at no time"),
+            (FLAG_VOID, &mut this.void, "changes void up to no index"),
+        ] {
+            if flags & flag != 0 {
+                let (bytes, rest) = ids.split_first_chunk::<8>().ok_or_else(short)?;
+                (*value, ids) = (u64::from_le_bytes(*bytes), rest);
+                if *value == 0 {
+                    return Err(ConfError::Contradiction(never));
+                }
             }
         }
         if !ids.is_empty() {
@@ -181,6 +188,7 @@ impl ConfState {
             epoch,
             retired: 0,
             suspect: false,
+            void: 0,
         }
     }
 
@@ -220,6 +228,7 @@ mod tests {
             epoch: 7,
             retired: 0,
             suspect: false,
+            void: 0,
         }
     }
 
@@ -247,6 +256,18 @@ mod tests {
         never.truncate(bytes.len() - 8);
         never.extend([0; 8]);
         assert_eq!(ConfState::decode(&never), Err(ConfError::Contradiction("retired at no time")));
+    }
+
+    #[test]
+    fn void_changes_end_somewhere() {
+        let conf = ConfState { void: 0x0304, ..ConfState::of(&[1]) };
+        let bytes = conf.encode();
+        assert_eq!((bytes[1], &bytes[bytes.len() - 8..]), (8, &[4, 3, 0, 0, 0, 0, 0, 0][..]));
+        assert_eq!(ConfState::decode(&bytes), Ok(conf.clone()));
+        let both = ConfState { retired: 7, ..conf };
+        assert_eq!((both.encode()[1], ConfState::decode(&both.encode())), (10, Ok(both)));
+        let nowhere = [&bytes[..bytes.len() - 8], &[0; 8]].concat();
+        assert_eq!(ConfState::decode(&nowhere), Err(ConfError::Contradiction("changes void up to no index")));
     }
 
     #[test]

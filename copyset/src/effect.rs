@@ -123,6 +123,11 @@ pub enum Effect {
         /// Its term.
         term: u64,
     },
+    /// The checkpoint of `Copyset::renew` is durable, and the group started anew from it: `Apply` goes on behind `index`.
+    Renewed {
+        /// Applied index.
+        index: u64,
+    },
     /// What became of a membership change that had started.
     ChangeDone {
         /// Of the change.

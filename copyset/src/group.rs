@@ -16,6 +16,7 @@ mod idle;
 mod member;
 mod read;
 mod ready;
+mod renew;
 mod snapshot;
 mod status;
 mod step;
@@ -48,8 +49,9 @@ use std::rc::Rc;
 use idle::Idle;
 pub use member::{ChangeRefused, InProgress, Started};
 use ready::{MEMBERS_MAX, send};
-use snapshot::Installing;
+pub use renew::{Renewal, ResetRefused};
 pub use snapshot::{InstallError, Offer};
+use snapshot::{Installing, What};
 pub use status::Role;
 
 /// Why a proposal was not taken.
@@ -107,6 +109,8 @@ pub struct Copyset {
     /// The checkpoint that was offered to this replica.
     offer: Option<Offer>,
     installing: Option<Installing>,
+    /// See [`Self::freeze`].
+    frozen: bool,
     suspicion: Suspicion,
     /// Not fit to lead, says the shard.
     held_back: bool,
@@ -151,6 +155,19 @@ impl Copyset {
         }
     }
 
+    /// What stands in the log for a copyset of which it has lost even the checkpoint: that there is one, and nothing else.
+    #[must_use]
+    pub fn lost_checkpoint() -> Checkpoint {
+        let conf = ConfState { suspect: true, ..ConfState::default() };
+        Checkpoint { conf: conf.encode(), ..Self::initial_checkpoint(&[], 0) }
+    }
+
+    /// Whether that is all that a checkpoint says.
+    #[must_use]
+    pub fn is_lost(checkpoint: &Checkpoint) -> bool {
+        ConfState::decode(&checkpoint.conf).is_ok_and(|conf| conf.suspect && conf.voters.is_empty())
+    }
+
     /// Starts from what the log says; a first start and a restart are the same. A sole voter campaigns at once.
     /// `now`: see [`Self::tick`].
     pub fn new(config: Config, log: Rc<RefCell<Log>>, now: u64) -> Result<Self, Error> {
@@ -190,6 +207,7 @@ impl Copyset {
             offers: BTreeMap::new(),
             offer: None,
             installing: None,
+            frozen: false,
             suspicion: if suspect { Suspicion::Unknown } else { Suspicion::Clear },
             held_back: false,
             removed: false,
@@ -264,7 +282,7 @@ impl Copyset {
     /// True if [`Self::ready`] has anything to do.
     #[must_use]
     pub fn dirty(&self) -> bool {
-        if self.installing.is_some() {
+        if self.inert() {
             return !self.outbox.is_empty();
         }
         self.proposals.has_queued()
@@ -277,7 +295,7 @@ impl Copyset {
 
     /// Drains raft: new entries go to the log, effects to `out`. Called at the end of a turn.
     pub fn ready(&mut self, out: &mut Vec<Effect>) {
-        if self.installing.is_some() {
+        if self.inert() {
             return out.append(&mut self.outbox);
         }
         self.propose_queued();
@@ -301,8 +319,11 @@ impl Copyset {
     /// The log is durable up to batch `durable`.
     pub fn persisted(&mut self, durable: Seq) {
         self.durable = self.durable.max(durable);
-        if let Some(Installing { offer, .. }) = self.installing.take_if(|it| it.seq <= durable) {
-            return self.installed(&offer);
+        if let Some(Installing { what, .. }) = self.installing.take_if(|it| it.seq <= durable) {
+            return match what {
+                What::Offer(offer) => self.installed(&offer),
+                What::Renewal(suspicion) => self.renewed(suspicion),
+            };
         }
         let mut number = None;
         while let Some(held) = self.held.pop_front_if(|held| held.seq <= durable) {

@@ -36,7 +36,9 @@ pub use conf::{ConfError, ConfState};
 pub use config::{Config, IDLE_FACTOR};
 pub use effect::{ChangeFailed, Changed, Committed, Effect, Lane, lane};
 pub use entry::{from_log as entry_from_log, to_log as entry_to_log};
-pub use group::{ChangeRefused, Copyset, InProgress, InstallError, Offer, ProposeError, Role, Started};
+pub use group::{
+    ChangeRefused, Copyset, InProgress, InstallError, Offer, ProposeError, Renewal, ResetRefused, Role, Started,
+};
 pub use peer::{PeerId, PeerIdError};
 pub use plan::Stage;
 pub use raft;

@@ -79,8 +79,8 @@ pub enum StepError {
     /// This replica's log lost records; until it knows which, it promises nothing (rule 21).
     #[error("this replica lost records and takes part in nothing yet")]
     Suspect,
-    /// A raft snapshot is becoming durable.
-    #[error("a raft snapshot is being installed")]
+    /// A raft snapshot is becoming durable, or the group starts anew.
+    #[error("the group is about to start anew")]
     Installing,
     /// raft-rs refuses it.
     #[error("raft refuses the message: {0}")]

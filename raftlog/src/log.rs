@@ -185,10 +185,28 @@ impl Log {
     /// # Panics
     /// If the copyset is unknown or a payload is neither resident nor was restored ([`Index::not_resident`]).
     pub fn relog(&mut self, id: CopysetId) -> Seq {
+        let Some(index) = self.indexes.get(&id) else { panic!("relog of an unknown copyset") };
+        self.put_again(id, index.checkpoint().clone())
+    }
+
+    /// A checkpoint of the same life from which everything begins: the tail behind it ends at `last`, and its hard state
+    /// counts as it is, though its commit be lower than what was said before. With it durable nothing earlier of this
+    /// copyset is needed, nor missed if it is lost.
+    ///
+    /// # Panics
+    /// As [`Self::relog`], or if the checkpoint is older than the newest one or `last` below it.
+    pub fn renew(&mut self, id: CopysetId, cp: Checkpoint, last: u64) -> Seq {
+        let Some(index) = self.indexes.get_mut(&id) else { panic!("renewal of an unknown copyset") };
+        assert!(cp.applied_index <= last && cp.hard_state.commit <= last, "a tail begins behind its checkpoint");
+        index.truncate(last + 1);
+        index.set_hard_state(cp.hard_state, self.queue.last_seq(), self.durable);
+        self.put_again(id, cp)
+    }
+
+    fn put_again(&mut self, id: CopysetId, cp: Checkpoint) -> Seq {
         let Some(index) = self.indexes.get_mut(&id) else { panic!("relog of an unknown copyset") };
-        let cp = index.checkpoint().clone();
         let checkpoint = Need::record(checkpoint_len(&cp));
-        let entries = index.entries(index.first_index(), u64::MAX, usize::MAX);
+        let entries = index.entries(cp.applied_index + 1, u64::MAX, usize::MAX);
         let all = entries.iter().fold(checkpoint, |sum, e| sum.and(Need::entry(e)));
         if self.queue.fits_one(all) {
             self.queue.open_for(all);

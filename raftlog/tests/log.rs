@@ -346,3 +346,28 @@ fn long_entries_that_were_let_in_leave_room_for_the_checkpoint_behind_them() {
         }
     }
 }
+
+#[test]
+fn a_renewal_ends_the_tail_and_takes_a_commit_back() {
+    let (mut disk, mut log) = start(1 << 20, 3);
+    log.append(ID, entries(1..=6, 1), Some(hs(1, 5)));
+    disk.drain(&mut log);
+    let cp = raftlog::Checkpoint { hard_state: hs(4, 3), ..checkpoint(2, 1, 1) };
+    let seq = log.renew(ID, cp, 4);
+    let renewed = |log: &Log| {
+        let index = log.index(ID).unwrap();
+        (index.first_index(), index.last_index(), index.hard_state(), index.entries(3, 5, usize::MAX).len())
+    };
+    assert_eq!(renewed(&log), (3, 4, hs(4, 3), 2));
+    let g = geometry(1 << 20, 3);
+    let before = disk.clone().open(g, LIMITS);
+    assert_eq!((before.index(ID).unwrap().last_index(), before.index(ID).unwrap().hard_state()), (6, hs(1, 5)));
+    disk.drain(&mut log);
+    assert_eq!(log.durable_seq(), seq);
+    assert_eq!(renewed(&disk.clone().open(g, LIMITS)), (3, 4, hs(4, 3), 2));
+    // It goes on as ever.
+    log.append(ID, vec![entry(5, 4, 1, 5)], Some(hs(4, 4)));
+    disk.drain(&mut log);
+    let again = disk.open(g, LIMITS);
+    assert_eq!((again.index(ID).unwrap().last_index(), again.index(ID).unwrap().hard_state()), (5, hs(4, 4)));
+}

@@ -74,6 +74,13 @@ pub enum Command {
         /// Copyset id.
         copyset: u32,
     },
+    /// Take a copyset out of the trash.
+    CopysetRestore {
+        /// Logical pool.
+        pool: u32,
+        /// Copyset id.
+        copyset: u32,
+    },
     /// The server and its shards.
     Status,
     /// Hand over to a new process.

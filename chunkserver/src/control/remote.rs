@@ -248,6 +248,20 @@ fn change_at(leader: PeerId, id: CopysetId, change: &Change) -> Result<Value, Re
     Ok(json!({ "old": names(&old), "new": names(&new) }))
 }
 
+/// Force these members on one node's replica of a copyset, whoever leads.
+///
+/// # Errors
+/// [`RemoteError`].
+pub fn reset(at: SocketAddr, id: CopysetId, peers: &[PeerId]) -> Result<Value, RemoteError> {
+    let (logic_pool_id, copyset_id) = (id.pool(), id.copyset());
+    let request_peer = Peer { id: None, address: Some(format!("{at}:0")) };
+    let new_peers: Vec<Peer> = peers.iter().map(|peer| named(*peer)).collect();
+    let members = json!(names(&new_peers));
+    let ask = wire::ResetPeerRequest2 { logic_pool_id, copyset_id, request_peer, old_peers: Vec::new(), new_peers };
+    let _: wire::ResetPeerResponse2 = call(at, WORK, CLI, "ResetPeer", &ask)?;
+    Ok(json!({ "reset": [logic_pool_id, copyset_id], "node": at.to_string(), "peers": members }))
+}
+
 /// Make what a node has applied of a copyset durable outside its log.
 ///
 /// # Errors

@@ -234,6 +234,17 @@ impl Server {
                 success(self.shards.ask_copyset(id, RequestOp::Admin(AdminOp::DeleteCopyset)).await)?;
                 Ok(json!({ "deleted": [pool, copyset] }))
             }
+            Command::CopysetRestore { pool, copyset } => {
+                let id = CopysetId::new(pool, copyset);
+                let reply = self.shards.ask_copyset(id, RequestOp::Admin(AdminOp::RestoreCopyset)).await;
+                match reply {
+                    Ok(Reply { outcome: Outcome::Exists, .. }) => Err("it is not in the trash".into()),
+                    Ok(Reply { outcome: Outcome::Busy, .. }) => {
+                        Err("it is on its way into the trash or out of it".into())
+                    }
+                    other => success(other).map(|_| json!({ "restored": [pool, copyset] })),
+                }
+            }
             Command::Status => self.status().await,
             Command::Upgrade { binary, timeout_ms } => {
                 let (answer, outcome) = oneshot::channel();

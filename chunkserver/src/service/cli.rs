@@ -2,8 +2,8 @@
 //!
 //! Errors are RPC errors, as braft's: ENOENT for a copyset or a replica that is not here, EINVAL for a peer that does
 //! not parse, EPERM from a replica that does not lead, EBUSY while another change runs, ECATCHUP when a new member did
-//! not catch up, EAGAIN for GetLeader without a leader. ResetPeer is answered with EOPNOTSUPP: a configuration forced
-//! on one replica can lose what was answered.
+//! not catch up, EAGAIN for GetLeader without a leader. ResetPeer forces voters
+//! on the replica it is sent to, whoever leads: EPERM from one that is out of service.
 
 use super::table::Cli as Method;
 use super::{Context, Handled, Pending, Step, Ticket, with};
@@ -16,8 +16,6 @@ use proto::code::{self, errno};
 use proto::common::Peer;
 use raftlog::CopysetId;
 
-/// Operation not supported.
-const EOPNOTSUPP: i32 = 95;
 /// braft's: a new member did not catch up.
 const ECATCHUP: i32 = 10003;
 
@@ -37,6 +35,7 @@ enum Want {
     Remove { v1: bool },
     Change,
     Transfer { v1: bool },
+    Reset,
     Snapshot,
     SnapshotAll,
 }
@@ -92,7 +91,9 @@ pub(super) fn dispatch(ctx: &Context, now: Instant, ticket: Ticket, method: Meth
             let waiting = Waiting { ticket, copyset: CopysetId(0), want: Want::SnapshotAll };
             Handled::AllShards { op: AdminOp::CheckpointAll, pending: Pending(Step::Cli(waiting)) }
         }),
-        Method::ResetPeer => refuse!(wire::ResetPeerRequest2, EOPNOTSUPP),
+        Method::ResetPeer => {
+            serve!(wire::ResetPeerRequest2, m => Call::reset(m.request_peer.address(), m.new_peers.iter().map(Peer::address)))
+        }
         // As the original, which never had them.
         Method::ChangePeersV1 => refuse!(wire::ChangePeersRequest, code::ENOMETHOD),
         Method::ResetPeerV1 => refuse!(wire::ResetPeerRequest, code::ENOMETHOD),
@@ -120,9 +121,13 @@ impl Call {
     }
 
     fn set<'a>(at: &str, peers: impl Iterator<Item = &'a str>) -> Self {
-        let peers = peers.map(|peer| parse(peer).filter(|peer| !peer.is_none()).map(|peer| peer.0));
-        let peers: Option<Vec<u64>> = peers.collect();
-        Self { at: parse(at), op: peers.map(|peers| AdminOp::Members(MemberOp::Set(peers))), want: Want::Change }
+        let op = parse_all(peers).map(|peers| AdminOp::Members(MemberOp::Set(peers)));
+        Self { at: parse(at), op, want: Want::Change }
+    }
+
+    fn reset<'a>(at: &str, peers: impl Iterator<Item = &'a str>) -> Self {
+        let op = parse_all(peers).map(|peers| AdminOp::Members(MemberOp::Reset(peers)));
+        Self { at: parse(at), op, want: Want::Reset }
     }
 
     /// No peer, or nobody: whoever is furthest.
@@ -137,6 +142,14 @@ fn parse(text: &str) -> Option<PeerId> {
     text.parse().ok()
 }
 
+/// `None` if one does not parse, or is nobody.
+fn parse_all<'a>(mut peers: impl Iterator<Item = &'a str>) -> Option<Vec<u64>> {
+    peers.try_fold(Vec::new(), |mut all, peer| {
+        all.push(parse(peer).filter(|peer| !peer.is_none())?.0);
+        Some(all)
+    })
+}
+
 fn ask(ctx: &Context, now: Instant, ticket: Ticket, copyset: CopysetId, call: Call) -> Handled {
     let Call { at: Some(at), op: Some(op), want } = call else {
         return ticket.fail(ctx, now, errno::EINVAL, "Fail to parse peer id, ip:port:index expected");
@@ -149,9 +162,12 @@ fn ask(ctx: &Context, now: Instant, ticket: Ticket, copyset: CopysetId, call: Ca
 }
 
 /// The RPC error of an outcome; `None`: none.
-fn failure(copyset: CopysetId, reply: &Reply) -> Option<(i32, String)> {
+fn failure(copyset: CopysetId, want: Want, reply: &Reply) -> Option<(i32, String)> {
     Some(match reply.outcome {
         Outcome::Success => return None,
+        Outcome::NotLeader | Outcome::CrcFail if matches!(want, Want::Reset) => {
+            (errno::EPERM, "The node is not in an active state".into())
+        }
         Outcome::NoCopyset => (errno::ENOENT, format!("No nodes in group {}", copyset.0)),
         Outcome::NotLeader => (errno::EPERM, "Not a leader".into()),
         Outcome::Busy => (errno::EBUSY, "Doing another configuration change".into()),
@@ -169,7 +185,7 @@ pub(super) fn resume(ctx: &Context, now: Instant, waiting: Waiting, reply: &Repl
     if let Want::Leader { v1, term } = want {
         return leader(ctx, now, ticket, copyset, (v1, term), reply);
     }
-    if let Some((code, text)) = failure(copyset, reply) {
+    if let Some((code, text)) = failure(copyset, want, reply) {
         return ticket.fail(ctx, now, code, &text);
     }
     let (old, new) = match &reply.data {
@@ -196,6 +212,7 @@ pub(super) fn resume(ctx: &Context, now: Instant, waiting: Waiting, reply: &Repl
         }
         Want::Transfer { v1: true } => ticket.reply(ctx, now, &wire::TransferLeaderResponse {}),
         Want::Transfer { v1: false } => ticket.reply(ctx, now, &wire::TransferLeaderResponse2 {}),
+        Want::Reset => ticket.reply(ctx, now, &wire::ResetPeerResponse2 {}),
         Want::Snapshot | Want::Leader { .. } => ticket.reply(ctx, now, &wire::SnapshotResponse2 {}),
         Want::SnapshotAll => ticket.reply(ctx, now, &wire::SnapshotAllResponse {}),
     }

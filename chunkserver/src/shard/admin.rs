@@ -27,7 +27,7 @@ pub(super) struct Pending {
     /// Who is to be told; nobody, if time has done it.
     pub(super) origin: Option<Origin>,
     seq: Seq,
-    copyset: CopysetId,
+    pub(super) copyset: CopysetId,
     then: Then,
 }
 
@@ -38,6 +38,7 @@ impl Shard {
         match op {
             AdminOp::CreateCopyset { peers } => self.create_copyset(id, &peers, origin, out),
             AdminOp::DeleteCopyset => self.delete_copyset(id, Some(origin), out),
+            AdminOp::RestoreCopyset => self.restore_copyset(id, origin, out),
             AdminOp::CopysetStatus => {
                 self.wanted(id);
                 match self.copyset_status(id).filter(|_| !self.is_retired(id)) {
@@ -66,11 +67,10 @@ impl Shard {
     }
 
     fn create_copyset(&mut self, id: CopysetId, peers: &[u64], origin: Origin, out: &mut Effects) {
-        let busy = self.admin.iter().any(|p| p.copyset == id);
-        if self.is_retired(id) && !busy && peers.len() <= VOTERS_MAX {
+        if self.is_retired(id) && !self.admin_busy(id) && peers.len() <= VOTERS_MAX {
             return self.purge(id, Some(origin), Then::Renew(peers.to_vec()), out);
         }
-        if self.groups.contains_key(&id) || self.broken.contains(&id) || self.admin.iter().any(|p| p.copyset == id) {
+        if self.groups.contains_key(&id) || self.broken.contains(&id) || self.admin_busy(id) {
             return reply(out, origin, Outcome::Exists);
         }
         if peers.len() > VOTERS_MAX {
@@ -89,7 +89,7 @@ impl Shard {
 
     /// Into the trash, or, from there, if it is damaged or if nothing is to be kept, out of existence.
     pub(super) fn delete_copyset(&mut self, id: CopysetId, origin: Option<Origin>, out: &mut Effects) {
-        if self.admin.iter().any(|p| p.copyset == id) {
+        if self.admin_busy(id) {
             return tell(out, origin, Outcome::Failed);
         }
         let whole = |group: &super::Group| !group.damaged && !group.raft.is_installing();
@@ -101,7 +101,7 @@ impl Shard {
 
     fn purge(&mut self, id: CopysetId, origin: Option<Origin>, then: Then, out: &mut Effects) {
         let broken = self.broken.iter().position(|&b| b == id);
-        self.silence(id, out);
+        self.silence(id, Outcome::NoCopyset, out);
         match self.groups.remove(&id) {
             Some(mut group) => {
                 self.unfollow(&mut group);

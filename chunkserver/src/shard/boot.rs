@@ -124,9 +124,11 @@ impl Shard {
             catch_up: super::catchup::CatchUp::default(),
             installs: super::install::Installs::default(),
             supply: super::supply::Supply::default(),
+            throttle: super::throttle::Throttle::new(config.snapshot_rate),
             mends: super::mend::Mends::default(),
             suspects: super::suspects::Suspects::default(),
             members: super::members::Members::default(),
+            renewals: super::renew::Renewals::default(),
             parked: Slab::new(),
             flush: flush::Flush::new(now),
             pace: super::pace::Pace::new(),
@@ -276,6 +278,10 @@ impl Shard {
         }
         *self.log.borrow_mut() = log;
         self.lost = report.suspects.iter().copied().chain(report.rot.iter().filter_map(|rot| rot.copyset)).collect();
+        let log = self.log.borrow();
+        let marked = |id: &CopysetId| log.index(*id).is_some_and(|index| Copyset::is_lost(index.checkpoint()));
+        self.lost.extend(log.copysets().into_iter().filter(marked));
+        drop(log);
         self.forgetful = report.rot.iter().any(|rot| rot.copyset.is_none());
         let (extents, config) = (Arc::clone(&self.extents), StoreConfig::default());
         let loader = Some(Box::new(Loader::new(&self.layout, self.config.shard, extents, config)));
@@ -289,7 +295,7 @@ impl Shard {
         let forgotten = RefCell::new(BTreeSet::new());
         let known = |id: CopysetId| {
             let log = log.borrow();
-            let Some(index) = log.index(id) else {
+            let Some(index) = log.index(id).filter(|index| !Copyset::is_lost(index.checkpoint())) else {
                 // A batch is lost, and nobody can say whose records it held: the log may have forgotten a copyset that
                 // has chunks here. They are not free because of that.
                 let unheard = forgetful && !lost.contains(&id);
@@ -313,6 +319,12 @@ impl Shard {
 
     fn start_copysets(&mut self) -> Result<(), Failure> {
         let ids = self.log.borrow().copysets();
+        let lost: Vec<CopysetId> = self.lost.clone();
+        for id in lost.into_iter().filter(|id| !ids.contains(id)) {
+            // Even its checkpoint is lost. What shows that is released some day; what is on its slots must outlive it.
+            self.log.borrow_mut().checkpoint(id, Copyset::lost_checkpoint());
+            self.broken.push(id);
+        }
         for &id in &ids {
             let last = self.log.borrow().index(id).map_or(0, Index::last_index);
             match self.start_copyset(id) {
@@ -328,8 +340,6 @@ impl Shard {
                 }
             }
         }
-        // Of these the log has lost even the checkpoint: as far as anybody can tell they exist.
-        self.broken.extend(self.lost.iter().copied().filter(|id| !ids.contains(id)));
         self.broken.sort_unstable();
         self.broken.dedup();
         self.state = State::Serving;
@@ -375,6 +385,9 @@ impl Shard {
         let Some((incarnation, applied)) = checkpoint else {
             return Err(Failure::Copyset(id, "the log does not know it".into()));
         };
+        if self.log.borrow().index(id).is_some_and(|index| Copyset::is_lost(index.checkpoint())) {
+            return Err(Failure::Copyset(id, "the log has lost its checkpoint".into()));
+        }
         let raft =
             Copyset::new(config, Rc::clone(&self.log), self.now.0).map_err(|e| Failure::Copyset(id, e.to_string()))?;
         let suspect = raft.is_suspect();

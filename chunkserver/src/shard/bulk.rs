@@ -20,13 +20,13 @@ const VERSION: u8 = 1;
 /// Chunks of one list.
 pub(super) const LIST_MAX: usize = 1000;
 /// Bytes of one piece at most.
-const PIECE_BYTES: u32 = 1 << 20;
+pub(super) const PIECE_BYTES: u32 = 1 << 20;
 /// Pieces of a chunk at least, if it has so many blocks: that it comes in pieces is to be seen with small chunks, too.
 const PIECES_MIN: u32 = 8;
 
-/// All pieces of a chunk: offset and length.
-pub(super) fn pieces(chunk_size: u32) -> impl Iterator<Item = (u32, u32)> {
-    let len = (chunk_size / PIECES_MIN).next_multiple_of(BLOCK as u32).min(PIECE_BYTES);
+/// All pieces of a chunk, of at most `max` bytes in whole blocks: offset and length.
+pub(super) fn pieces(chunk_size: u32, max: u32) -> impl Iterator<Item = (u32, u32)> {
+    let len = (chunk_size / PIECES_MIN).next_multiple_of(BLOCK as u32).min(max);
     (0..chunk_size).step_by(len as usize).map(move |at| (at, len.min(chunk_size - at)))
 }
 

@@ -37,6 +37,13 @@ pub(super) struct CatchUp {
     tails_at: Instant,
 }
 
+impl CatchUp {
+    /// Payloads of this copyset are being read back.
+    pub(super) fn fetches(&self, id: CopysetId) -> bool {
+        self.fetching.contains_key(&id)
+    }
+}
+
 impl Shard {
     /// A copyset needs payloads of `low..high` in memory.
     pub(super) fn fetch_for_peers(&mut self, id: CopysetId, low: u64, high: u64) {

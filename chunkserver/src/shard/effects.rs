@@ -36,6 +36,7 @@ impl Shard {
             }
             Effect::SnapshotOffered { from, index, .. } => self.offered(id, from, index),
             Effect::Installed { index, .. } => self.installed(id, index),
+            Effect::Renewed { index } => self.renewed(id, index, out),
         }
     }
 

@@ -6,6 +6,7 @@
 use super::{DISK, Effects, Group, Shard, State, Task};
 use crate::chunk::RoundIo;
 use crate::io::{Instant, Op};
+use copyset::Copyset;
 use raftlog::{BLOCK, CopysetId, Log, Seq};
 use std::rc::Rc;
 
@@ -91,7 +92,11 @@ impl Shard {
     fn round_due(&mut self) -> bool {
         let dirty = self.store.pinned_bytes() as usize;
         let log = self.log.borrow();
-        if log.used_bytes() * 2 >= log.capacity_bytes() || self.writes_wait() || self.checkpoints_wanted() {
+        if log.used_bytes() * 2 >= log.capacity_bytes()
+            || self.writes_wait()
+            || self.checkpoints_wanted()
+            || self.renewals.want_checkpoints()
+        {
             return true;
         }
         let wants = self.extents.wanted();
@@ -213,7 +218,8 @@ impl Shard {
         }
         let mut absent = Vec::new();
         for id in log.pinning() {
-            if written.iter().any(|w| w.1 == id) || self.broken.contains(&id) || !self.can_relog(&log, id) {
+            let kept = self.broken.contains(&id) && !log.index(id).is_some_and(|i| Copyset::is_lost(i.checkpoint()));
+            if written.iter().any(|w| w.1 == id) || kept || !self.can_relog(&log, id) {
                 continue;
             }
             match log.index(id).map(|index| (index.not_resident().is_empty(), index.last_index())) {
@@ -245,7 +251,7 @@ impl Shard {
     /// kept for replicas that lag: to send them is cheaper than to send chunks.
     fn checkpoint_index(&self, id: CopysetId, done: u64) -> u64 {
         let several = self.groups.get(&id).is_some_and(|group| group.raft.needs_ticks());
-        if !several || self.members.wants_checkpoint(id) || self.is_short() {
+        if !several || self.members.wants_checkpoint(id) || self.renewals.wants_checkpoint(id) || self.is_short() {
             return done;
         }
         0

@@ -7,10 +7,11 @@
 //! committed entries is elected by nobody. While chunks are taken in, nothing of the copyset is applied: an entry that
 //! can be applied after all ends the installation.
 
-use super::bulk::{Bulk, pieces};
+use super::bulk::{Bulk, PIECE_BYTES, pieces};
 use super::{Effects, Shard};
 use crate::chunk::ChunkInfo;
 use crate::io::Instant;
+use crate::metrics::Counter;
 use bytes::Bytes;
 use raftlog::{BLOCK, CopysetId, crc32c};
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
@@ -62,6 +63,8 @@ struct Install {
     /// Pieces not asked for yet.
     pieces: VecDeque<(u64, u32, u32)>,
     asked: Vec<Asked>,
+    /// The limit on raft snapshots lets no more be asked for now.
+    limited: bool,
     promised: usize,
 }
 
@@ -107,6 +110,7 @@ impl Shard {
             taking: BTreeMap::new(),
             pieces: VecDeque::new(),
             asked: Vec::new(),
+            limited: false,
             promised: 0,
         };
         self.installs.0.insert(id, install);
@@ -121,7 +125,10 @@ impl Shard {
 
     /// Move all installations on.
     pub(super) fn install_step(&mut self, out: &mut Effects) {
-        let ids: Vec<CopysetId> = self.installs.0.keys().copied().collect();
+        let mut ids: Vec<CopysetId> = self.installs.0.keys().copied().collect();
+        if let Some(first) = self.throttle.turns().checked_rem(ids.len()) {
+            ids.rotate_left(first); // or the first one would take all that the limit allows
+        }
         for id in ids {
             let Some(install) = self.installs.0.get_mut(&id) else { continue };
             match install.stage {
@@ -141,7 +148,11 @@ impl Shard {
     pub(super) fn install_deadline(&self) -> Instant {
         let due = |install: &Install| match install.stage {
             Stage::List(_) => install.due,
-            Stage::Pieces => install.asked.iter().map(|asked| asked.due).min().unwrap_or(self.now.after_ms(1)),
+            Stage::Pieces => {
+                let again = install.asked.iter().map(|asked| asked.due).min();
+                let more = install.limited.then(|| self.throttle.due());
+                again.into_iter().chain(more).min().unwrap_or(self.now.after_ms(1))
+            }
             Stage::Flush(_) | Stage::Log => Instant::FAR,
         };
         self.installs.0.values().map(due).min().unwrap_or(Instant::FAR)
@@ -207,13 +218,20 @@ impl Shard {
         }
         let chunk_size = self.layout.chunk_size;
         let room = self.store.pinned_bytes() as usize * 2 <= self.config.dirty_limit;
+        let size = self.throttle.piece(PIECE_BYTES);
+        install.limited = false;
         while install.asked.len() < PIECES_MAX && room {
+            if !self.throttle.ready(now) {
+                install.limited = !install.pieces.is_empty() || !install.todo.is_empty();
+                break;
+            }
             if install.pieces.is_empty() {
                 let Some(info) = install.todo.pop_front() else { break };
-                install.pieces.extend(pieces(chunk_size).map(|(at, len)| (info.chunk, at, len)));
+                install.pieces.extend(pieces(chunk_size, size).map(|(at, len)| (info.chunk, at, len)));
                 install.taking.insert(info.chunk, Taking { info: None, left: install.pieces.len() as u32 });
             }
             let Some((chunk, offset, len)) = install.pieces.pop_front() else { break };
+            self.throttle.take(now, len);
             install.asked.push(Asked { chunk, offset, len, due: now.after_ms(PATIENCE_MS) });
             asks.push((chunk, offset, len));
         }
@@ -244,6 +262,10 @@ impl Shard {
             return; // it is asked for again
         }
         install.asked.swap_remove(at);
+        if payload.is_empty() {
+            self.throttle.give_back(len);
+        }
+        self.metrics.add(Counter::SnapshotBytesIn, payload.len() as u64);
         let Some(taking) = install.taking.get_mut(&chunk) else { return };
         let Some(info) = info else {
             // Deleted meanwhile. The entry that says so comes after the snapshot.

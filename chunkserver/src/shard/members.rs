@@ -41,6 +41,9 @@ impl Members {
 impl Shard {
     pub(super) fn change_members(&mut self, id: CopysetId, op: MemberOp, origin: Origin, out: &mut Effects) {
         let now = self.now.0;
+        if let MemberOp::Reset(peers) = op {
+            return self.reset_peer(id, peers, origin, out);
+        }
         let Some(group) = self.groups.get_mut(&id) else { return reply(out, origin, Outcome::NoCopyset) };
         if group.raft.retired() != 0 {
             return reply(out, origin, Outcome::NoCopyset);
@@ -57,6 +60,7 @@ impl Shard {
             MemberOp::Remove(peer) => group.raft.remove_peer(now, cookie, peer),
             MemberOp::Set(peers) => group.raft.change_peers(now, cookie, &peers),
             MemberOp::Transfer(to) => group.raft.transfer_leader(now, to),
+            MemberOp::Reset(_) => return,
         };
         match started {
             Ok(Started::Begun) if transfer => reply(out, origin, Outcome::Success),

@@ -10,7 +10,7 @@
 //!
 //! The wire has nothing of its own for this: these are the questions and pieces of a raft snapshot (`bulk.rs`).
 
-use super::bulk::{Bulk, pieces};
+use super::bulk::{Bulk, PIECE_BYTES, pieces};
 use super::read::Job;
 use super::request::{Outcome, Request};
 use super::supply::PEERS;
@@ -233,7 +233,7 @@ impl Shard {
         let asks: Vec<(u32, u32)> = match &mut mend.what {
             What::Block { offset } => vec![(*offset, BLOCK as u32)],
             What::Whole { todo, asked, info } => {
-                (*todo, *info) = (pieces(size).collect(), None);
+                (*todo, *info) = (pieces(size, PIECE_BYTES).collect(), None);
                 asked.clear();
                 asked.extend(todo.drain(..PIECES_MAX.min(todo.len())));
                 asked.clone()
@@ -377,7 +377,7 @@ impl Mend {
     }
 
     fn whole(chunk_size: u32) -> Self {
-        Self::new(What::Whole { todo: pieces(chunk_size).collect(), asked: Vec::new(), info: None })
+        Self::new(What::Whole { todo: pieces(chunk_size, PIECE_BYTES).collect(), asked: Vec::new(), info: None })
     }
 
     fn start_whole(&mut self, chunk_size: u32) {

@@ -25,6 +25,7 @@ mod pace;
 mod peers;
 mod propose;
 mod read;
+mod renew;
 mod replay;
 pub mod request;
 mod slow;
@@ -32,6 +33,7 @@ mod supply;
 mod suspects;
 #[cfg(test)]
 mod tests;
+mod throttle;
 mod trash;
 
 pub use boot::log_geometry;
@@ -74,6 +76,8 @@ pub struct Config {
     pub flush_age_ns: u64,
     /// Election timeout of copysets with several voters, milliseconds.
     pub election_ms: u64,
+    /// Chunk data of raft snapshots that may move, in and out together, bytes per second; 0: no limit.
+    pub snapshot_rate: u64,
     /// A deleted copyset's chunks are kept for so long, seconds; 0: not at all.
     pub trash_s: u64,
     /// Seconds since 1970 when `Instant` was 0.
@@ -221,9 +225,11 @@ pub struct Shard {
     catch_up: catchup::CatchUp,
     installs: install::Installs,
     supply: supply::Supply,
+    throttle: throttle::Throttle,
     mends: mend::Mends,
     suspects: suspects::Suspects,
     members: members::Members,
+    renewals: renew::Renewals,
     /// Reads that wait for a quorum's word that this replica still leads.
     parked: Slab<Request>,
     flush: flush::Flush,
@@ -365,8 +371,10 @@ impl Shard {
         self.install_step(out);
         self.mend_step(out);
         self.suspects_step(out);
+        self.renew_step(out);
         self.start_waiting_reads(out);
         self.replay_step();
+        self.supply_waiting(out);
         self.supply_step(out);
         self.drain_step(out);
         self.publish();
@@ -398,6 +406,7 @@ impl Shard {
                 };
                 self.flush_deadline()
                     .min(self.install_deadline())
+                    .min(self.supply_deadline())
                     .min(self.mend_deadline())
                     .min(self.suspects_deadline())
                     .min(self.log_write_deadline())
@@ -528,7 +537,7 @@ impl Shard {
         self.stop_mends(None, outcome, out);
         let parked = std::mem::take(&mut self.parked).into_iter().map(|(_, request)| request.origin);
         let admin = std::mem::take(&mut self.admin).into_iter().filter_map(|pending| pending.origin);
-        for origin in parked.chain(admin).chain(self.members.give_up(None)) {
+        for origin in parked.chain(admin).chain(self.members.give_up(None)).chain(self.renewals.give_up()) {
             reply(out, origin, outcome);
         }
         self.stop_supply(out);

@@ -78,6 +78,8 @@ pub enum AdminOp {
     DeleteCopyset,
     /// What is in the trash of this shard.
     ListTrash,
+    /// Take a copyset out of the trash.
+    RestoreCopyset,
     /// Counters that only the shard knows (pool, log, dirty data).
     ShardStatus,
     /// Change who is in a copyset, or who leads it; asked of the leader.
@@ -99,6 +101,8 @@ pub enum MemberOp {
     Set(Vec<u64>),
     /// Hand leadership over; 0 = to whoever is furthest. Answered when it has begun.
     Transfer(u64),
+    /// Force these voters on the replica that is asked, leader or not. Answered when that is durable.
+    Reset(Vec<u64>),
 }
 
 /// What makes a change harmless that its sender may send again, having lost sight of it (rule 30).

@@ -5,16 +5,31 @@ use super::bulk::{Bulk, LIST_MAX};
 use super::mail::{PeerBody, PeerMail};
 use super::read::ZEROS;
 use super::request::{Origin, Outcome, Reply, ReplyData};
+use super::throttle::Throttle;
 use super::{Effects, Shard};
 use crate::chunk::ChunkInfo;
+use crate::io::Instant;
+use crate::metrics::Counter;
 use bytes::Bytes;
 use raftlog::{BLOCK, CopysetId, crc32c};
 use slab::Slab;
+use std::collections::VecDeque;
 
 /// `Origin::shard` of reads made for peers; no shard has this number.
 pub(super) const PEERS: u16 = u16::MAX - 1;
 /// Pieces being read for peers at once; what is asked beyond is asked again by the peer.
 const PIECES_MAX: usize = 16;
+/// Pieces that wait for the limit on raft snapshots; likewise.
+const WAITING_MAX: usize = 64;
+
+/// A piece that a peer asks for, applied here at least up to `index`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Ask {
+    copyset: CopysetId,
+    to: u64,
+    index: u64,
+    piece: (u64, u32, u32),
+}
 
 /// A piece being read.
 #[derive(Clone, Copy, Debug)]
@@ -30,11 +45,16 @@ struct Piece {
     info: Option<ChunkInfo>,
     /// What it was is nothing to go by.
     doubtful: bool,
+    /// Counts against the limit.
+    limited: bool,
 }
 
-/// What is being read for peers.
+/// What is being read for peers, and what will be when the limit allows.
 #[derive(Debug, Default)]
-pub(super) struct Supply(Slab<Piece>);
+pub(super) struct Supply {
+    reading: Slab<Piece>,
+    waiting: VecDeque<Ask>,
+}
 
 impl Shard {
     /// This replica's applied state is at least as new as `index`, and whole.
@@ -60,18 +80,57 @@ impl Shard {
         id: CopysetId,
         to: u64,
         index: u64,
-        (chunk, offset, len): (u64, u32, u32),
+        piece: (u64, u32, u32),
         out: &mut Effects,
     ) {
-        if !self.can_supply(id, index) || self.supply.0.len() >= PIECES_MAX {
+        if !self.can_supply(id, index) {
             return;
         }
         self.progressed(id, to);
-        let (at, info) = (self.groups.get(&id).map_or(0, |group| group.applied), self.store.chunk_info(id, chunk));
-        let doubtful = self.store.is_doubtful(id, chunk);
-        let slot = self.supply.0.insert(Piece { copyset: id, to, chunk, offset, len, at, info, doubtful }) as u32;
-        self.read(Origin { shard: PEERS, slot, serial: 0 }, id, chunk, offset, len, out);
+        // The limit is for replicas that are fed. Others mend what they have, and somebody may wait for that.
+        let limited = self.groups.get(&id).is_some_and(|group| group.raft.feeds(to));
+        let ask = Ask { copyset: id, to, index, piece };
+        let waits = limited && (!self.supply.waiting.is_empty() || !self.throttle.ready(self.now));
+        if !waits {
+            self.begin_piece(ask, limited, out);
+        } else if self.supply.waiting.len() < WAITING_MAX && !self.supply.waiting.contains(&ask) {
+            self.supply.waiting.push_back(ask);
+        }
         self.supply_step(out);
+    }
+
+    fn begin_piece(&mut self, ask: Ask, limited: bool, out: &mut Effects) {
+        let Ask { copyset, to, index, piece: (chunk, offset, len) } = ask;
+        if !self.can_supply(copyset, index) || self.supply.reading.len() >= PIECES_MAX {
+            return;
+        }
+        if limited {
+            self.throttle.take(self.now, len);
+        }
+        let at = self.groups.get(&copyset).map_or(0, |group| group.applied);
+        let info = self.store.chunk_info(copyset, chunk);
+        let doubtful = self.store.is_doubtful(copyset, chunk);
+        let piece = Piece { copyset, to, chunk, offset, len, at, info, doubtful, limited };
+        let slot = self.supply.reading.insert(piece) as u32;
+        self.read(Origin { shard: PEERS, slot, serial: 0 }, copyset, chunk, offset, len, out);
+    }
+
+    /// Pieces that waited for the limit. Their peers are being fed, if slowly: what they were offered stands.
+    pub(super) fn supply_waiting(&mut self, out: &mut Effects) {
+        while self.throttle.ready(self.now)
+            && self.supply.reading.len() < PIECES_MAX
+            && let Some(ask) = self.supply.waiting.pop_front()
+        {
+            self.begin_piece(ask, true, out);
+        }
+        let fed: Vec<(CopysetId, u64)> = self.supply.waiting.iter().map(|ask| (ask.copyset, ask.to)).collect();
+        fed.into_iter().for_each(|(id, to)| self.progressed(id, to));
+    }
+
+    /// When the limit lets the next piece go.
+    pub(super) fn supply_deadline(&self) -> Instant {
+        let waits = !self.supply.waiting.is_empty() && self.supply.reading.len() < PIECES_MAX;
+        if waits { self.throttle.due() } else { Instant::FAR }
     }
 
     fn progressed(&mut self, id: CopysetId, to: u64) {
@@ -82,7 +141,7 @@ impl Shard {
 
     /// Pieces that have been read go to their peers; nobody else sees these answers.
     pub(super) fn supply_step(&mut self, out: &mut Effects) {
-        if self.supply.0.is_empty() {
+        if self.supply.reading.is_empty() {
             return;
         }
         for reply in out.replies.extract_if(.., |reply| reply.origin.shard == PEERS).collect::<Vec<_>>() {
@@ -91,20 +150,26 @@ impl Shard {
     }
 
     fn piece_read(&mut self, reply: Reply, out: &mut Effects) {
-        let Some(piece) = self.supply.0.try_remove(reply.origin.slot as usize) else { return };
-        let Piece { copyset: id, to, chunk, offset, len, at: index, info, doubtful } = piece;
+        let Some(piece) = self.supply.reading.try_remove(reply.origin.slot as usize) else { return };
+        let Piece { copyset: id, to, chunk, offset, len, at: index, info, doubtful, limited } = piece;
+        let free = |throttle: &mut Throttle| throttle.give_back(if limited { len } else { 0 });
         if doubtful {
-            return; // it is mended by now, or never will be: the peer asks again
+            return free(&mut self.throttle); // it is mended by now, or never will be: the peer asks again
         }
         let parts = match (reply.outcome, reply.data) {
             (Outcome::Success, ReplyData::Data(parts)) if info.is_some() => parts,
             (Outcome::Success | Outcome::NoChunk, _) if info.is_none() => {
+                free(&mut self.throttle);
                 let gone = Bulk::Piece { index, chunk, offset, len, info: None, crcs: Vec::new() };
                 return self.send_bulk(id, to, &gone, Bytes::new(), out);
             }
-            _ => return, // rot, a device error, deleted meanwhile: the peer asks again, here or elsewhere
+            // Rot, a device error, deleted meanwhile: the peer asks again, here or elsewhere.
+            _ => return free(&mut self.throttle),
         };
-        let Some(mut buf) = self.arenas.payload.alloc(len as usize) else { return self.want_memory() };
+        let Some(mut buf) = self.arenas.payload.alloc(len as usize) else {
+            free(&mut self.throttle);
+            return self.want_memory();
+        };
         buf.truncate(len as usize);
         let mut at = 0;
         for part in parts {
@@ -117,6 +182,11 @@ impl Shard {
         let is_hole = |block: &[u8]| ZEROS.get(..BLOCK) == Some(block);
         let crcs: Vec<u32> = buf.chunks(BLOCK).map(|block| if is_hole(block) { 0 } else { crc32c(block) }).collect();
         let payload = if crcs.iter().all(|&crc| crc == 0) { Bytes::new() } else { buf.freeze() };
+        if payload.is_empty() {
+            free(&mut self.throttle);
+        } else if limited {
+            self.metrics.add(Counter::SnapshotBytesOut, u64::from(len));
+        }
         self.send_bulk(id, to, &Bulk::Piece { index, chunk, offset, len, info, crcs }, payload, out);
     }
 
@@ -128,6 +198,6 @@ impl Shard {
     /// The shard ends: nobody waits for these.
     pub(super) fn stop_supply(&mut self, out: &mut Effects) {
         out.replies.retain(|reply| reply.origin.shard != PEERS);
-        self.supply.0.clear();
+        self.supply = Supply::default();
     }
 }

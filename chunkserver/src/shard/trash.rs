@@ -4,7 +4,8 @@
 //! leads there, unheard, so that its log comes to an end. Its group stays, so that its log is released and its dirty data
 //! written back as ever. That it is there is in every checkpoint of it from the first on, whose durability is waited for
 //! before the deletion is answered; so it is there after a crash too.
-//! When it has been there long enough, is deleted again or is created anew, it is purged as any other.
+//! When it has been there long enough, is deleted again or is created anew, it is purged as any other. Until then it can be
+//! taken out of it (`renew.rs`): it goes on as after a restart, with what the others have done meanwhile to be caught up.
 
 use super::admin::Then;
 use super::request::{Origin, Outcome};
@@ -25,7 +26,7 @@ impl Shard {
         let index = self.log.borrow().index(id).map_or(0, |index| index.checkpoint().applied_index);
         let checkpoint = group.raft.checkpoint_at(index);
         let seq = self.log.borrow_mut().checkpoint(id, checkpoint);
-        self.silence(id, out);
+        self.silence(id, Outcome::NoCopyset, out);
         if let Some(group) = self.groups.get_mut(&id) {
             group.raft.step_down(); // nobody will answer it: what it has proposed is settled now
         }
@@ -35,24 +36,24 @@ impl Shard {
     }
 
     /// Answer everything this copyset owes, and end what it has under way with others.
-    pub(super) fn silence(&mut self, id: CopysetId, out: &mut Effects) {
+    pub(super) fn silence(&mut self, id: CopysetId, outcome: Outcome, out: &mut Effects) {
         self.stop_catch_up(id);
         self.stop_install(id);
-        self.stop_mends(Some(id), Outcome::NoCopyset, out);
+        self.stop_mends(Some(id), outcome, out);
         self.peers.forget(id);
         let parked: Vec<usize> = self.parked.iter().filter(|(_, r)| r.copyset == id).map(|(key, _)| key).collect();
         for key in parked {
-            reply(out, self.parked.remove(key).origin, Outcome::NoCopyset);
+            reply(out, self.parked.remove(key).origin, outcome);
         }
         for origin in self.members.give_up(Some(id)) {
-            reply(out, origin, Outcome::NoCopyset);
+            reply(out, origin, outcome);
         }
         // They keep their places: raft may still tell what became of them.
         let Some(group) = self.groups.get(&id) else { return };
         let queued = group.queue.iter().filter_map(|committed| committed.cookie);
         for cookie in group.raft.waiting_cookies().chain(queued) {
             if let Some(origin) = self.waiting.get_mut(cookie as usize).and_then(|waiting| waiting.origin.take()) {
-                reply(out, origin, Outcome::NoCopyset);
+                reply(out, origin, outcome);
             }
         }
     }
@@ -77,7 +78,8 @@ impl Shard {
             self.groups.iter().map(|(&id, group)| (id, group.raft.retired())).collect();
         let mut left = false;
         for (id, at) in retired.into_iter().filter(|&(_, at)| at != 0) {
-            if now.saturating_sub(at) >= self.config.trash_s {
+            let leaves = self.renewals.has(id);
+            if !leaves && now.saturating_sub(at) >= self.config.trash_s {
                 tracing::info!(
                     pool = id.pool(),
                     copyset = id.copyset(),

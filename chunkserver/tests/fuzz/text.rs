@@ -181,10 +181,17 @@ impl Codecs {
             auto_leave: true,
             epoch: 7,
             retired: 0,
+            void: 0,
             suspect: false,
         };
         let retired = ConfState { retired: 1_700_000_000, ..joint.clone() };
-        let confs = vec![joint.encode().to_vec(), retired.encode().to_vec(), ConfState::of(&[1, 2]).encode().to_vec()];
+        let void = ConfState { void: 4711, ..retired.clone() };
+        let confs = vec![
+            joint.encode().to_vec(),
+            retired.encode().to_vec(),
+            void.encode().to_vec(),
+            ConfState::of(&[1, 2]).encode().to_vec(),
+        ];
         let change = vec![1, 2, 2, 0, 0, 7, 0, 0, 0, 0, 0, 0, 0, 1, 0, 1, 0, 0, 0, 0, 0, 0];
         let header = Header { kind: Kind::Write, offset: 4096, len: 8192, chunk: 7, sn: 3 };
         let peers = [&b"127.0.0.1:8200:0"[..], b"10.20.30.40:65535:3", b"0.0.0.0:0:0"].map(<[u8]>::to_vec);
@@ -208,7 +215,7 @@ impl Target for Codecs {
                 assert_eq!(conf.encode(), bytes, "one form only");
                 let raft = ConfState::from_raft(&conf.to_raft(), conf.epoch);
                 assert_eq!(
-                    ConfState { retired: conf.retired, suspect: conf.suspect, ..raft },
+                    ConfState { retired: conf.retired, void: conf.void, suspect: conf.suspect, ..raft },
                     conf,
                     "raft does not know the trash"
                 );

@@ -126,7 +126,7 @@ impl Node {
             },
             AdminOp::ListCopysets => (Outcome::Success, ReplyData::Copysets(self.copysets.values().cloned().collect())),
             AdminOp::ListTrash => (Outcome::Success, ReplyData::Copysets(Vec::new())),
-            AdminOp::DeleteCopyset => (Outcome::Failed, ReplyData::None),
+            AdminOp::DeleteCopyset | AdminOp::RestoreCopyset => (Outcome::Failed, ReplyData::None),
             AdminOp::Members(op) => self.members(copyset, op),
             AdminOp::Checkpoint | AdminOp::CheckpointAll => (Outcome::Success, ReplyData::None),
             AdminOp::ShardStatus => {
@@ -144,6 +144,16 @@ impl Node {
     /// A leader does as it is told; a transfer is always in its way.
     fn members(&mut self, copyset: CopysetId, op: MemberOp) -> (Outcome, ReplyData) {
         let Some(status) = self.copysets.get_mut(&copyset) else { return (Outcome::NoCopyset, ReplyData::None) };
+        if let MemberOp::Reset(peers) = op {
+            let outcome = match status.state {
+                _ if peers.is_empty() => Outcome::Invalid,
+                1 if peers.len() > 1 => Outcome::Busy, // a change is always under way
+                5 => Outcome::CrcFail,
+                6 => Outcome::NotLeader,
+                _ => Outcome::Success,
+            };
+            return (outcome, ReplyData::None);
+        }
         if status.state != 1 {
             return (Outcome::NotLeader, ReplyData::Leader(status.leader));
         }
@@ -152,7 +162,7 @@ impl Node {
             MemberOp::Add(peer) => status.peers.push(peer),
             MemberOp::Remove(peer) => status.peers.retain(|&p| p != peer),
             MemberOp::Set(peers) => status.peers = peers,
-            MemberOp::Transfer(_) => return (Outcome::Busy, ReplyData::None),
+            MemberOp::Transfer(_) | MemberOp::Reset(_) => return (Outcome::Busy, ReplyData::None),
         }
         (Outcome::Success, ReplyData::Members { old, new: status.peers.clone() })
     }

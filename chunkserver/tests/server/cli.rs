@@ -16,7 +16,7 @@ fn both(lab: &Lab, args: &[&str], words: &[&str]) -> Value {
 }
 
 /// Refused, with these words in one line.
-fn refused(lab: &Lab, args: &[&str], words: &str) {
+pub(super) fn refused(lab: &Lab, args: &[&str], words: &str) {
     let out = lab.cli(args);
     let said = text(&out.stderr);
     assert!(!out.status.success() && said.contains(words) && said.trim_end().lines().count() == 1, "{args:?}: {said}");

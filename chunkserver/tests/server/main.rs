@@ -23,6 +23,7 @@ mod pages;
 mod peers;
 mod replay;
 mod replicas;
+mod reset;
 mod rot;
 mod slow;
 mod space;

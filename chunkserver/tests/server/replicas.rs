@@ -269,7 +269,8 @@ fn a_replica_comes_and_goes() {
     let lab = &nodes.labs[0];
     lab.ask(&["copyset", "create", "--first", "1", "--peers", &format!("{a},{b}")]);
     let leader = nodes.leader(1, None);
-    assert_eq!(servers[leader].client().write(1, 5, 0, &pattern(1, BLOCK)), SUCCESS);
+    // A leader may still have to apply its first entry.
+    wait_for("an answer", || servers[leader].client().write(1, 5, 0, &pattern(1, BLOCK)) == SUCCESS);
     lab.ask(&["copyset", "create", "--first", "1", "--empty-on", &c]);
     assert_eq!(nodes.status(2, 1).unwrap()["state"], "passive");
     let at = lab.address.to_string();

@@ -112,6 +112,7 @@ impl System for ServerSystem {
                 dirty_limit: DIRTY,
                 flush_age_ns: FLUSH_AGE_NS,
                 election_ms: self.election_ms,
+                snapshot_rate: 0,
                 trash_s: self.trash_s,
                 wall_s: 0,
                 seed: world.borrow_mut().rng.next(),

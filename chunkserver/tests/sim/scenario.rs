@@ -268,7 +268,7 @@ fn seeds() {
 /// Seeds that found a defect (docs/bugs-found.md). A change of the workload makes other histories of them.
 #[test]
 fn seeds_that_found_something_are_clean() {
-    for seed in [1187, 300_716, 305_400] {
+    for seed in [1187, 300_716, 305_400, 2_002_712] {
         let outcome = run(seed, system());
         assert!(outcome.violations.is_empty(), "seed {seed}: {outcome}");
     }

@@ -123,6 +123,7 @@ impl Rig {
             dirty_limit,
             flush_age_ns: 5_000_000_000,
             election_ms: 1000,
+            snapshot_rate: 0,
             trash_s: 0,
             wall_s: 0,
             seed: 7,

@@ -9,7 +9,7 @@ use raft::eraftpb::{Message, MessageType};
 impl Copyset {
     /// Messages to this peer were lost, or its connection: replication asks again how far it is.
     pub fn unreachable(&mut self, peer: u64) {
-        if self.installing.is_none() {
+        if !self.inert() {
             self.window.forget(peer);
             self.raw.report_unreachable(peer);
             if self.role() == Role::Leader || self.leader() == peer {
@@ -23,7 +23,7 @@ impl Copyset {
     /// heartbeat.
     pub fn fetched(&mut self, low: u64, ok: bool) {
         for context in self.fetches.finish(low) {
-            if ok && self.installing.is_none() {
+            if ok && !self.inert() {
                 self.raw.on_entries_fetched(context); // looks at term and leadership itself
             }
         }

@@ -112,7 +112,8 @@ impl Copyset {
             // raft-rs also turns a refused membership change into an empty entry; only the first of a term counts.
             if term > last_term {
                 let conf = self.conf();
-                self.history.push(index, ConfState { epoch: conf.epoch + 1, ..conf.clone() });
+                let void = if index < conf.void { conf.void } else { 0 };
+                self.history.push(index, ConfState { epoch: conf.epoch + 1, void, ..conf.clone() });
             }
         } else {
             committed.context = std::mem::take(&mut entry.context);
@@ -126,9 +127,10 @@ impl Copyset {
         out.push(Effect::Apply(committed));
     }
 
-    /// A committed membership change. Whether it is refused depends on the configuration only, so all replicas agree.
+    /// A committed membership change. Whether it is refused depends on the configuration before it
+    /// only, so all replicas agree.
     fn change(&mut self, index: u64, change: &ConfChangeV2) {
-        if self.members_with(change) > MEMBERS_MAX {
+        if self.members_with(change) > MEMBERS_MAX || index <= self.conf().void {
             return;
         }
         let before = self.conf().clone();

@@ -12,6 +12,7 @@ use crate::conf::ConfState;
 use crate::config::Config;
 use crate::effect::Effect;
 use crate::screen::StepError;
+use crate::suspicion::Suspicion;
 use bytes::Bytes;
 use raft::eraftpb::{Message, MessageType};
 use raft::{ProgressState, SnapshotStatus};
@@ -49,12 +50,26 @@ pub enum InstallError {
     Busy,
 }
 
-/// A checkpoint on its way to the disk.
+/// A checkpoint on its way to the disk, from which the group starts anew.
 #[derive(Debug)]
 pub(super) struct Installing {
     /// Batch of the checkpoint.
     pub(super) seq: Seq,
-    pub(super) offer: Offer,
+    pub(super) what: What,
+}
+
+#[derive(Debug)]
+pub(super) enum What {
+    /// What a leader offered.
+    Offer(Offer),
+    /// What an operator wanted; with so much suspicion it goes on.
+    Renewal(Suspicion),
+}
+
+impl Installing {
+    pub(super) fn renewal(seq: Seq, suspicion: Suspicion) -> Self {
+        Self { seq, what: What::Renewal(suspicion) }
+    }
 }
 
 impl Copyset {
@@ -114,7 +129,7 @@ impl Copyset {
         if index <= commit {
             return Err(InstallError::Outdated { commit });
         }
-        if self.installing.is_some() || self.role() == Role::Leader {
+        if self.inert() || self.role() == Role::Leader {
             self.offer = Some(offer);
             return Err(InstallError::Busy);
         }
@@ -130,27 +145,32 @@ impl Copyset {
         };
         let seq = self.log.borrow_mut().checkpoint(self.config.id, checkpoint);
         self.held.clear(); // messages that were not sent are as good as lost
-        self.installing = Some(Installing { seq, offer });
+        self.installing = Some(Installing { seq, what: What::Offer(offer) });
         Ok(seq)
     }
 
     /// The checkpoint is durable.
     pub(super) fn installed(&mut self, offer: &Offer) {
-        let (index, term) = (offer.index, offer.term);
-        let config = Config { suspect: self.suspicion.holds(), ..self.config.clone() };
+        let (index, term, suspicion) = (offer.index, offer.term, self.suspicion);
+        self.begin_anew(suspicion.holds());
+        self.suspicion = suspicion;
+        self.outbox.push(Effect::Installed { index, term });
+        if offer.leader_term == self.raw.raft.term {
+            self.acknowledge(offer.from, index);
+        }
+        self.weigh_suspicion();
+    }
+
+    /// Another life, from what the log says.
+    pub(super) fn begin_anew(&mut self, suspect: bool) {
+        let config = Config { suspect, ..self.config.clone() };
         let life = Self::new(config, self.log.clone(), self.time.now());
         let life = life.unwrap_or_else(|e| panic!("{:?}: a checkpoint that was checked: {e}", self.config.id));
         let before = std::mem::replace(self, life);
         let own = std::mem::replace(&mut self.outbox, before.outbox);
         self.outbox.extend(own);
-        (self.rng, self.announced) = (before.rng, before.announced);
-        (self.held_back, self.suspicion) = (before.held_back, before.suspicion);
-        self.outbox.push(Effect::Installed { index, term });
+        (self.rng, self.announced, self.held_back) = (before.rng, before.announced, before.held_back);
         self.draw_timeout();
-        if offer.leader_term == self.raw.raft.term {
-            self.acknowledge(offer.from, index);
-        }
-        self.weigh_suspicion();
     }
 
     /// An offer leaves.
@@ -162,6 +182,12 @@ impl Copyset {
         let (index, term) = (snapshot.get_metadata().index, snapshot.get_metadata().term);
         self.offers.insert(peer, self.time.now());
         out.push(Effect::SnapshotNeeded { peer, index, term, conf: snapshot.data.clone() });
+    }
+
+    /// Chunks are offered to this peer instead of entries.
+    #[must_use]
+    pub fn feeds(&self, peer: u64) -> bool {
+        self.offers.contains_key(&peer)
     }
 
     /// A peer is fetching chunks: its offer stands.

@@ -11,7 +11,7 @@ impl Copyset {
     /// Takes a peer's message. On an error nothing has changed. `now`: see [`Self::tick`].
     pub fn step(&mut self, now: u64, mut message: Message) -> Result<(), StepError> {
         self.time.advance(now);
-        if self.installing.is_some() {
+        if self.inert() {
             return Err(StepError::Installing);
         }
         screen::check(&message, &self.receiver())?;

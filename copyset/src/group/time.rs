@@ -21,7 +21,7 @@ impl Copyset {
         if self.time.is_idle() && due == Due::default() {
             return false;
         }
-        if self.installing.is_some() {
+        if self.inert() {
             return true;
         }
         if self.role() == Role::Leader {
@@ -94,7 +94,7 @@ impl Copyset {
 
     /// A sole voter needs no timer and nobody's vote. raft-rs requires that its whole log is durable.
     pub(super) fn campaign_alone(&mut self) {
-        let alone = self.conf().sole_voter(self.config.peer) && self.installing.is_none();
+        let alone = self.conf().sole_voter(self.config.peer) && !self.inert();
         let able = !self.held_back && !self.suspicion.holds() && self.raw.raft.state != StateRole::Leader;
         if alone && able && self.durable_index() == self.last_index() {
             let _ = self.raw.campaign();

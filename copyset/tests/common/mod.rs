@@ -134,6 +134,7 @@ pub struct Node {
     pub offers_made: Vec<(u64, u64)>,
     pub offers: Vec<(u64, u64)>,
     pub installed: usize,
+    pub renewed: usize,
     pub changes: BTreeMap<u64, Result<Changed, ChangeFailed>>,
 }
 
@@ -166,6 +167,7 @@ impl Node {
             offers_made: Vec::new(),
             offers: Vec::new(),
             installed: 0,
+            renewed: 0,
             changes: BTreeMap::new(),
         }
     }
@@ -239,6 +241,10 @@ impl Node {
             Effect::SnapshotNeeded { peer, index, .. } => self.offers_made.push((peer, index)),
             Effect::SnapshotOffered { from, index, .. } => self.offers.push((from, index)),
             Effect::Installed { index, .. } => (self.handed_out, self.installed) = (index, self.installed + 1),
+            Effect::Renewed { index } => {
+                assert_eq!(index, self.handed_out, "a group at rest is renewed");
+                self.renewed += 1;
+            }
             Effect::ChangeDone { cookie, result } => {
                 assert!(self.changes.insert(cookie, result).is_none(), "answered once");
             }

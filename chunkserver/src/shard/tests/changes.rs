@@ -6,9 +6,9 @@ use super::world::Setup;
 use crate::shard::request::{AdminOp, ChunkOp, MemberOp, Outcome, Reply, ReplyData, RequestOp};
 use raftlog::{BLOCK, CopysetId};
 
-const ID: CopysetId = CopysetId::new(1, 7);
+pub(super) const ID: CopysetId = CopysetId::new(1, 7);
 
-fn cluster(nodes: usize, voters: &[usize], setup: &Setup, seed: u64) -> Cluster {
+pub(super) fn cluster(nodes: usize, voters: &[usize], setup: &Setup, seed: u64) -> Cluster {
     let mut c = Cluster::new(nodes, setup, seed);
     c.create(ID, voters);
     c.wait_leader(ID);
@@ -60,7 +60,7 @@ fn first_index(c: &mut Cluster, node: usize) -> u64 {
 }
 
 /// Cut a follower off and write until the leader has forgotten what it needs.
-fn leave_behind(c: &mut Cluster, stamp: &mut u64) -> usize {
+pub(super) fn leave_behind(c: &mut Cluster, stamp: &mut u64) -> usize {
     let leader = c.wait_leader(ID);
     let follower = (leader + 1) % 3;
     fill(c, 6, 100 << 10, stamp);

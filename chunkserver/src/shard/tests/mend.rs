@@ -8,20 +8,26 @@ use crate::metrics::Counter;
 use crate::shard::request::{ChunkOp, Outcome, Reply, RequestOp};
 use raftlog::{BLOCK, CopysetId};
 
-const ID: CopysetId = CopysetId::new(1, 1);
-const CHUNK: u64 = 1;
+pub(super) const ID: CopysetId = CopysetId::new(1, 1);
+pub(super) const CHUNK: u64 = 1;
 
 /// Three replicas of a copyset with a chunk of three blocks, all on their slots; and who leads.
-fn three(seed: u64) -> (Cluster, usize) {
+pub(super) fn three(seed: u64) -> (Cluster, usize) {
     let mut c = Cluster::new(3, &Setup { flush_age_ms: 1, ..Setup::default() }, seed);
+    let leader = fill(&mut c);
+    (c, leader)
+}
+
+/// The copyset and its chunk; gives its leader.
+pub(super) fn fill(c: &mut Cluster) -> usize {
     c.create(ID, &[0, 1, 2]);
     let leader = c.wait_leader(ID);
     for (block, stamp) in [(0, 11), (1, 12), (2, 13)] {
         let slot = c.nodes[leader].write(ID, CHUNK, block, 1, stamp).expect("a buffer");
         assert_eq!(c.answer(leader, slot).outcome, Outcome::Success);
     }
-    written(&mut c);
-    (c, leader)
+    written(c);
+    leader
 }
 
 /// All replicas have everything on their slots.

@@ -327,3 +327,46 @@ fn a_copyset_whose_log_is_rotten_is_out_of_service_alone_and_can_be_deleted() {
         assert_eq!(last, Outcome::Success);
     }
 }
+
+/// The batch that created a copyset is lost, nothing else speaks of it but its chunks, and all that shows the loss is
+/// released: it is out of service still, and keeps its slots, until it is deleted.
+#[test]
+fn a_copyset_that_the_log_forgot_stays_out_of_service() {
+    for seed in 0..4 {
+        let mut world = world(Setup { segments: 4, flush_age_ms: 1, ..Setup::default() }, seed);
+        let slot = world.write(A, 0, 0, 1, 71).unwrap();
+        assert_eq!(world.outcome_of(slot), Outcome::Success);
+        world.now = world.now.after_ms(2_000);
+        world.turn();
+        world.settle();
+        world.rot_batches_of(A);
+        world.crash();
+        world.boot();
+        const C: CopysetId = CopysetId::new(1, 3);
+        world.create(C);
+        let read = |world: &mut World| {
+            let slot = world.chunk(A, 0, ChunkOp::Read { offset: 0, len: BLOCK as u32 });
+            world.outcome_of(slot)
+        };
+        for life in 0..3 {
+            assert_eq!(read(&mut world), Outcome::CrcFail, "life {life}");
+            for n in 0..400 {
+                let slot = world.write(C, 0, n % 16, 1, 5000 + u64::from(n)).unwrap();
+                assert_eq!(world.outcome_of(slot), Outcome::Success, "its mark moves on with the log");
+            }
+            world.settle();
+            world.crash();
+            world.boot();
+            world.settle();
+        }
+        let used = world.shard().status().slots_unclaimed;
+        let gone = world.ask(A, RequestOp::Admin(AdminOp::DeleteCopyset));
+        assert_eq!(world.outcome_of(gone), Outcome::Success);
+        world.now = world.now.after_ms(2_000);
+        world.turn();
+        world.settle();
+        assert!(world.shard().status().slots_unclaimed >= used);
+        world.create(A);
+        assert_eq!(read(&mut world), Outcome::NoChunk);
+    }
+}

@@ -99,6 +99,7 @@ pub(super) struct Setup {
     pub(super) dirty_limit: usize,
     pub(super) flush_age_ms: u64,
     pub(super) trash_s: u64,
+    pub(super) election_ms: u64,
     pub(super) peer: u64,
 }
 
@@ -114,6 +115,7 @@ impl Default for Setup {
             dirty_limit: 512 << 10,
             flush_age_ms: 50,
             trash_s: 0,
+            election_ms: 1000,
             peer: PEER,
         }
     }
@@ -192,7 +194,8 @@ impl World {
             peer: self.setup.peer,
             dirty_limit: self.setup.dirty_limit,
             flush_age_ns: self.setup.flush_age_ms * 1_000_000,
-            election_ms: 1000,
+            election_ms: self.setup.election_ms,
+            snapshot_rate: 0,
             trash_s: self.setup.trash_s,
             wall_s: 0,
             seed: self.rng.next(),
@@ -499,6 +502,19 @@ impl World {
         let at = zone.start + (found.expect("the stamp is in the log") - usize::from(in_front)) * BLOCK;
         self.disk.durable[at + 9] ^= 0x40;
         self.disk.current[at + 9] ^= 0x40;
+    }
+
+    /// Spoil every batch of the log that speaks of `copyset`.
+    pub(super) fn rot_batches_of(&mut self, copyset: CopysetId) {
+        let zone = self.layout.log_offset as usize..self.layout.meta_offset as usize;
+        let id = copyset.0.to_le_bytes();
+        let speaks = |b: &[u8]| b.starts_with(b"RAFTLOG1") && b.windows(8).any(|w| w == id);
+        let found: Vec<usize> = zone.step_by(BLOCK).filter(|&at| speaks(&self.disk.durable[at..at + BLOCK])).collect();
+        assert!(!found.is_empty());
+        for at in found {
+            self.disk.durable[at + 9] ^= 0x40;
+            self.disk.current[at + 9] ^= 0x40;
+        }
     }
 
     /// Spoil every block outside the log that holds `stamp`; how many there are.

@@ -166,6 +166,7 @@ impl Lab {
             dirty_limit: 1 << 20,
             flush_age_ns: 3_600_000_000_000,
             election_ms: 1000,
+            snapshot_rate: 0,
             trash_s: 0,
             wall_s: 0,
             seed: 1,
