@@ -307,7 +307,7 @@ impl Parts<'_> {
         let payload = arenas(self.config.payload_buffers.0)?;
         let work = arenas(if disk.is_some() { self.config.work_buffers.0 } else { 1 << 20 })?;
         let all: Vec<Arc<Arena>> = payload.iter().chain(&work).cloned().collect();
-        let touched = touch(all.clone(), patient)?;
+        let touched = touch(all.clone(), patient, Arc::clone(self.shared))?;
         let cpus = cpus();
         let mut crew = Crew { threads: Vec::new(), begin: Vec::new() };
         for (number, (mailbox, port)) in (0..shards).zip(mesh(shards).into_iter().zip(ports)) {
@@ -384,14 +384,23 @@ impl Parts<'_> {
     }
 }
 
-/// All of the buffers' memory, beside a start that does not wait for it; whether it has been touched. (Else the registration
-/// with the rings touches it.)
-fn touch(arenas: Vec<Arc<Arena>>, by_registration: bool) -> std::io::Result<Arc<AtomicBool>> {
+/// How often it is looked whether all is recovered; the pause between two arenas.
+const TOUCH_PAUSE: Duration = Duration::from_millis(10);
+
+/// Touch all of the buffers' memory, by and by, when a start that somebody waits for is over: where the kernel must first
+/// make room for it, that may take a second. Whether it has been touched. (Else the registration with the rings does it.)
+fn touch(arenas: Vec<Arc<Arena>>, by_registration: bool, shared: Arc<Shared>) -> std::io::Result<Arc<AtomicBool>> {
     let touched = Arc::new(AtomicBool::new(by_registration));
     if !by_registration {
         let done = Arc::clone(&touched);
         std::thread::Builder::new().name("memory".into()).spawn(move || {
-            arenas.iter().for_each(|arena| arena.populate());
+            while !shared.is_loaded() {
+                std::thread::sleep(TOUCH_PAUSE);
+            }
+            for arena in arenas {
+                arena.populate();
+                std::thread::sleep(TOUCH_PAUSE);
+            }
             done.store(true, Ordering::Release);
         })?;
     }
