@@ -99,6 +99,13 @@ pub const fn client_may_take(arena_free: usize, arena: usize, len: usize) -> boo
     arena_free == arena || arena_free >= len + peer_reserve(arena)
 }
 
+/// The same for the payload of an answer to a call of our own. It may take some of what clients leave, or answers would wait
+/// for the very writes that wait for them.
+#[must_use]
+pub const fn answer_may_take(arena_free: usize, arena: usize, len: usize) -> bool {
+    arena_free == arena || arena_free >= len + peer_reserve(arena) / 2
+}
+
 const _: () = assert!(CHUNK_BYTES_MAX.is_multiple_of(BLOCK));
 const _: () = assert!(CHUNK_BYTES_MAX < FRAME_BYTES_MAX, "a whole chunk fits into a frame");
 const _: () = assert!(CHUNK_BYTES_MAX <= CONNECTION_BYTES_MAX, "a whole chunk fits into a connection's budget");

@@ -29,7 +29,7 @@ pub(super) struct Conn {
     /// Received and not yet used.
     pub(super) input: Option<(RecvBuf, usize)>,
     pub(super) receiving: bool,
-    /// See [`Conn::moved`].
+    /// When bytes last arrived.
     pub(super) moved: Instant,
     pub(super) sending: bool,
     /// What a send that was cut off did not send.
@@ -43,16 +43,6 @@ pub(super) struct Conn {
 }
 
 impl Conn {
-    pub(super) fn id(&self) -> ConnId {
-        self.id
-    }
-    pub(super) fn is_doomed(&self) -> bool {
-        self.doomed
-    }
-    /// When bytes last arrived.
-    pub(super) fn moved(&self) -> Instant {
-        self.moved
-    }
     pub(super) fn gone(&self) -> bool {
         self.close_done && !self.receiving && !self.sending
     }
@@ -67,9 +57,6 @@ impl Conn {
     /// Its connection goes over in a hand-over. (NEBD's clients connect anew and send again what is unanswered.)
     pub(super) fn is_client(&self) -> bool {
         matches!(self.session, Session::Rpc(_) | Session::Nbd(_))
-    }
-    pub(super) fn is_sending(&self) -> bool {
-        self.sending
     }
     /// Has answers to send.
     pub(super) fn owes_bytes(&self) -> bool {

@@ -301,7 +301,7 @@ impl<I: Io> Reactor<I> {
     /// The stages of an end; true when it is over.
     fn leave(&mut self, now: Instant) -> bool {
         let Some(part) = &mut self.part else { return false };
-        let owed = |conn: &Conn| conn.is_client() && !conn.is_doomed() && conn.owes_bytes();
+        let owed = |conn: &Conn| conn.is_client() && !conn.doomed && conn.owes_bytes();
         if !part.cut {
             if self.conns.iter().any(|(_, conn)| owed(conn)) && now < part.cut_at {
                 return false;
@@ -309,7 +309,7 @@ impl<I: Io> Reactor<I> {
             part.cut = true;
             self.io.cancel(Cancel::Sends);
         }
-        if self.conns.iter().any(|(_, conn)| conn.is_client() && conn.is_sending()) {
+        if self.conns.iter().any(|(_, conn)| conn.is_client() && conn.sending) {
             return false;
         }
         if !std::mem::replace(&mut part.draining, true) {
@@ -325,7 +325,7 @@ impl<I: Io> Reactor<I> {
             peers.into_iter().for_each(|index| self.doom(index));
             self.remote.give_up();
         }
-        let clients = self.conns.iter().all(|(_, conn)| conn.is_client() && !conn.is_doomed());
+        let clients = self.conns.iter().all(|(_, conn)| conn.is_client() && !conn.doomed);
         let through = clients && self.dialing == 0;
         if let Some(part) = &mut self.part {
             part.done = through;

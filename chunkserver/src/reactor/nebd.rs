@@ -175,8 +175,8 @@ impl<I: Io> Reactor<I> {
         let Some(nebd) = &mut self.nebd else { return };
         let full = |session: &Session| matches!(session, Session::Nebd(calls) if calls.is_full());
         let mut hopeless = Vec::new();
-        for (index, conn) in self.conns.iter().filter(|(_, conn)| full(&conn.session) && !conn.is_doomed()) {
-            if conn.moved().after_ms(STUCK_MS) <= now {
+        for (index, conn) in self.conns.iter().filter(|(_, conn)| full(&conn.session) && !conn.doomed) {
+            if conn.moved.after_ms(STUCK_MS) <= now {
                 hopeless.push(Client { index, serial: conn.serial });
             } else {
                 nebd.retry(now.after_ms(RETRY_MS));

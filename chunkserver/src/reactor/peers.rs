@@ -56,7 +56,7 @@ impl<I: Io> Reactor<I> {
     fn hand_over(&mut self, index: usize, greeted: Greeted) {
         let Some(conn) = self.conns.try_remove(index) else { return };
         self.context.metrics().sub(Counter::Connections, 1);
-        if let Err(conn) = self.setup.mailbox.send_peer(greeted.hello.to_shard, conn.id(), greeted) {
+        if let Err(conn) = self.setup.mailbox.send_peer(greeted.hello.to_shard, conn.id, greeted) {
             self.io.submit(token(Owner::Close, 0, 0xffff_ffff), Op::Close { conn });
         }
     }
@@ -89,7 +89,7 @@ impl<I: Io> Reactor<I> {
         for (index, conn) in &self.conns {
             let Session::Peer(peer) = &conn.session else { continue };
             let known = peer.hello();
-            if known.from != hello.from || conn.is_doomed() {
+            if known.from != hello.from || conn.doomed {
                 continue;
             }
             if known.disk != hello.disk {

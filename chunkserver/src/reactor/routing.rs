@@ -165,7 +165,7 @@ impl<I: Io> Reactor<I> {
 
     /// Whether an answer for this client would be sent.
     pub(super) fn is_connected(&self, client: Client) -> bool {
-        self.conns.get(client.index).is_some_and(|c| c.serial == client.serial && !c.is_doomed())
+        self.conns.get(client.index).is_some_and(|c| c.serial == client.serial && !c.doomed)
     }
 
     pub(super) fn ask(&mut self, copyset: CopysetId, op: RequestOp, whom: Whom) {

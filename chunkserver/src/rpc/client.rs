@@ -10,7 +10,7 @@ use crate::io::buffer::{Arena, PoolBuf};
 use crate::io::{Address, Instant};
 use crate::limits::{
     BLOCK, CHUNK_BYTES_MAX, CONNECTION_BYTES_MAX, CONNECTION_REQUESTS_MAX, IGNORED_ATTACHMENT_BYTES_MAX,
-    client_may_take,
+    answer_may_take,
 };
 use bytes::{Bytes, BytesMut};
 use proto::frame::{Decoder, FrameHead, RequestHead, Step, put_request_bytes};
@@ -277,7 +277,11 @@ impl Client {
                     Step::Http(_) => return Err(proto::frame::FrameError::UnknownProtocol.into()),
                 },
                 Receiving::Buffer(head, len) => {
-                    let room = client_may_take(arena.free_bytes(), arena.size(), len);
+                    if !self.waiting.contains_key(&head.id) {
+                        self.receiving = Receiving::Skip(len, None); // nobody waits for it any more
+                        continue;
+                    }
+                    let room = answer_may_take(arena.free_bytes(), arena.size(), len);
                     let Some(buf) = room.then(|| arena.alloc(len)).flatten() else {
                         self.receiving = Receiving::Buffer(head, len);
                         return Ok(true);

@@ -197,7 +197,7 @@ impl Server<'_> {
                 drop(successor);
                 // What it has received from clients and answered them is not known here: they must connect anew.
                 drop(clients);
-                if self.nebd_record() != on_record {
+                if on_record.is_none() || self.nebd_record() != on_record {
                     let what = "and it opened or closed files of NEBD, of which only a new start knows";
                     return Err(Failed::Restart(format!("{why} (after it had the connections, {what})")));
                 }

@@ -15,7 +15,7 @@ use std::collections::BTreeSet;
 const ROUND_MS: (u64, u64) = (10, 50);
 /// Nobody wanted to know for this long: no more asking, milliseconds.
 const WANTED_MS: u64 = 2_000;
-/// What nobody wanted to know for this long may be forgotten, milliseconds.
+/// What nobody wanted to know for this long may be forgotten, if it can be found again, milliseconds.
 const FORGET_MS: u64 = 60_000;
 /// So many copysets are remembered in any case.
 const REMEMBERED_MIN: usize = 1024;
@@ -40,6 +40,8 @@ struct Looking {
 #[derive(Debug, Default)]
 struct Entry {
     peers: SmallVec<[u64; 4]>,
+    /// Some of these are not among its homes: nobody else knows them.
+    moved: bool,
     leader: Option<Leader>,
     /// The last one that failed.
     suspect: Option<Leader>,
@@ -72,7 +74,8 @@ impl Leaders {
     pub fn find(&mut self, now: Instant, copyset: CopysetId, homes: &[u64]) -> Option<Leader> {
         let me = self.me;
         if self.entries.len() >= self.sweep_at {
-            self.entries.retain(|_, entry| entry.looking.is_some() || entry.wanted.after_ms(FORGET_MS) > now);
+            let keep = |entry: &Entry| entry.moved || entry.looking.is_some() || entry.wanted.after_ms(FORGET_MS) > now;
+            self.entries.retain(|_, entry| keep(entry));
             self.sweep_at = REMEMBERED_MIN.max(2 * self.entries.len());
         }
         let entry = self.entries.entry(copyset).or_insert_with(|| {
@@ -86,6 +89,7 @@ impl Leaders {
                 }
                 _ => {}
             }
+            entry.moved = false;
             entry
         });
         entry.wanted = now;
@@ -193,6 +197,7 @@ impl Entry {
                 self.peers.remove(0);
             }
             self.peers.push(peer);
+            self.moved = true;
         }
     }
 }

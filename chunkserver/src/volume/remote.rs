@@ -57,7 +57,7 @@ pub enum RemoteEvent<A> {
     Done {
         /// Whose.
         asker: A,
-        /// It was sent and not answered: it may still be done, and asking again is another attempt.
+        /// It may have been sent, and was not answered: it may still be done, and asking again is another attempt.
         lost: bool,
         /// How.
         outcome: Outcome,
@@ -243,7 +243,8 @@ impl<A: Copy> Remote<A> {
     /// Forget a server that is not called; `None`: not now.
     fn make_room(&mut self) -> Option<()> {
         let idle = |server: &Server| server.client.calls() == 0 && !server.client.is_dialing();
-        let (at, _) = self.servers.iter().find(|(_, server)| idle(server))?;
+        let all = self.servers.iter().filter(|(_, server)| idle(server));
+        let (at, _) = all.min_by_key(|(_, server)| server.client.is_up())?;
         if self.servers.get(at).is_some_and(|server| server.client.is_up()) {
             self.events.push_back(RemoteEvent::Close(at));
             return None;
@@ -476,7 +477,9 @@ impl<A: Copy> Remote<A> {
         arena: &Arc<Arena>,
     ) -> Result<bool, CloseReason> {
         let Some(from) = self.servers.get_mut(server) else { return Ok(false) };
-        (from.timeouts, from.heard) = (0, true);
+        if !input.is_empty() {
+            (from.timeouts, from.heard) = (0, true);
+        }
         let waits = from.client.received(input, arena, &mut self.answers);
         self.take_answers(now);
         waits
@@ -489,6 +492,7 @@ impl<A: Copy> Remote<A> {
     /// The kernel is done with it.
     pub fn direct_done(&mut self, server: usize, buf: PoolBuf, added: usize) {
         if let Some(from) = self.servers.get_mut(server) {
+            (from.timeouts, from.heard) = (0, true);
             from.client.direct_done(buf, added);
         }
     }
