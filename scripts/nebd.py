@@ -2,7 +2,10 @@
 sees of a restart and of an upgrade of part2."""
 import json, os, signal, subprocess, time
 
+import nodes, part1
+
 SPAN = 1 << 30
+RECORDED = 500
 
 
 class Nebd:
@@ -72,6 +75,35 @@ class Nebd:
         old.wait()
         self.server.process = Adopted(done["pid"])
 
+    def recorded(self, starts):
+        """As many volumes as a large host has, recorded by a client that is gone, on a server with a disk and on one without: each is
+        killed and started again."""
+        folder, sets = os.path.join(self.server.folder, "host"), ["--size", "16MiB", "--copysets", "1:1-8"]
+        os.mkdir(folder)
+        host = Host(self.server, folder, self.figures.free_port())
+        for number in range(RECORDED):
+            self.server.ctl("volume", "create", "--name", f"many{number}", *sets)
+            host.ctl("volume", "create", "--name", f"many{number}", *sets, "--peers", f"127.0.0.1:{self.server.port}")
+        for where, server, socket in [("disk", self.server, self.socket), ("host", host, host.socket)]:
+            part1.record(part1.configure(folder, socket), [f"cbd:pool//many{n}_figures_" for n in range(RECORDED)])
+            for _ in range(starts):
+                self.start_recorded(where, server, socket)
+        host.stop(signal.SIGKILL)
+
+    def start_recorded(self, where, server, socket):
+        """After kill -9: milliseconds from the start of the process until a call is answered; until all files are open."""
+        server.stop(signal.SIGKILL)
+        began = time.monotonic()
+        server.process = subprocess.Popen(server.command())
+        if not part1.answers(socket, RECORDED):
+            raise nodes.Trouble(f"file {RECORDED} is not known after a restart")
+        self.note(f"nebd_recorded_{where}_answer_ms", (time.monotonic() - began) * 1000)
+        while part1.open_files(socket) < RECORDED:
+            if time.monotonic() > began + 60:
+                raise nodes.Trouble("not all recorded files are open after 60 s")
+            time.sleep(0.001)
+        self.note(f"nebd_recorded_{where}_open_ms", (time.monotonic() - began) * 1000)
+
     def run(self, args):
         self.prepare()
         for number in range(args.rounds):
@@ -80,6 +112,33 @@ class Nebd:
         for _ in range(args.rounds):
             self.through("restart", self.restart)
             self.through("upgrade", self.upgrade)
+        self.recorded(2 * args.rounds + 1)
+
+
+class Host:
+    """A server without a disk, as on a hypervisor, that exports volumes of another one."""
+
+    def __init__(self, server, folder, port):
+        self.bin, self.config, self.process = server.bin, os.path.join(folder, "cs.toml"), None
+        self.socket, self.ctl_socket = os.path.join(folder, "nebd.sock"), os.path.join(folder, "ctl.sock")
+        with open(self.config, "w") as f:
+            f.write(f'listen = "127.0.0.1:{port}"\nctl_socket = "{self.ctl_socket}"\ncatalog = "{folder}/volumes.json"\nlog = "warn"\n'
+                    f'nbd_socket = "{folder}/nbd.sock"\nstart_wait_ms = 20000\n[nebd]\nsocket = "{self.socket}"\nmetafile = "{folder}/nebd.meta"\n')
+        self.process = subprocess.Popen(self.command())
+        while not os.path.exists(self.ctl_socket):
+            if self.process.poll() is not None:
+                raise nodes.Trouble("the server without a disk does not start")
+            time.sleep(0.01)
+
+    def command(self):
+        return [self.bin, "serve", "--config", self.config]
+
+    def ctl(self, *words):
+        subprocess.run([self.bin, *words, "--ctl", self.ctl_socket], check=True, capture_output=True)
+
+    def stop(self, how):
+        self.process.send_signal(how)
+        self.process.wait()
 
 
 class Adopted:

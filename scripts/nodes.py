@@ -197,6 +197,16 @@ class Cluster:
     def kill(self, number):
         self.end(number, signal.SIGKILL)
 
+    def upgrade(self, number):
+        """Hands a node over to a new process of the same program; the pause, in ms."""
+        old = self.processes.pop(number, None)
+        done = self.ctl(number, "upgrade", timeout=90)
+        if old:
+            old.wait(timeout=60)
+        self.node(number)["pid"] = done["pid"]
+        self.save()
+        return done["pause_ms"]
+
     def pause(self, number):
         if self.state(number) == "down":
             raise Trouble(f"node {number} is down")
@@ -305,6 +315,18 @@ class Cluster:
                     raise Trouble(f"copyset {copyset} has no leader after {seconds} s")
                 time.sleep(0.05)
 
+    def wait_caught_up(self, number, seconds=60):
+        """Until a node has applied what its leaders have committed now: before that the loss of another may stop a copyset."""
+        deadline = time.monotonic() + seconds
+        for copyset in self.copyset_ids():
+            want = None
+            while want is None or not (view := self.copyset(number, copyset)) or view["applied"] < want:
+                if want is None and (leader := self.leader(copyset)):
+                    want = (self.copyset(leader, copyset) or {}).get("committed")
+                if time.monotonic() > deadline:
+                    raise Trouble(f"node {number} does not catch up with {copyset} in {seconds} s")
+                time.sleep(0.02)
+
     def lead(self, number, seconds=60):
         """Makes node `number` the leader of all copysets."""
         deadline = time.monotonic() + seconds
@@ -323,9 +345,31 @@ class Cluster:
 
     # --- a volume under fio while its leader goes ---
     def failover(self, volume, how="kill", seconds=8.0, rate=1000):
-        """Node 1 leads everything; fio writes blocks with checksums to `volume` through the exporter at a steady rate and
-        reads them back; meanwhile node 1 is killed or paused, and starts again afterwards. What fio saw, as a dict."""
+        """Node 1 leads everything; meanwhile it is killed or paused, and starts again afterwards. What fio saw, as a dict."""
         self.lead(1)
+        seen = self.under_fio(volume, (lambda: (self.kill if how == "kill" else self.pause)(1)), seconds, rate)
+        self.start(1)
+        self.wait_healthy(1)
+        return {"how": how, **seen}
+
+    def upgrade_all(self, volume, seconds=20.0, rate=1000):
+        """Node 1 leads everything; all nodes and the exporter are upgraded, one after the other, the first of them the leader of
+        everything. What fio saw, and each one's own word on its pause."""
+        self.lead(1)
+        pauses = {}
+
+        def one_by_one():
+            for number in [*self.numbers(), 0]:
+                pauses[number] = self.upgrade(number)
+                if number:
+                    self.wait_healthy(number)
+                    self.wait_caught_up(number)
+
+        return {**self.under_fio(volume, one_by_one, seconds, rate), "pauses_ms": pauses}
+
+    def under_fio(self, volume, change, seconds, rate):
+        """fio writes blocks with checksums to `volume` through the exporter at a steady rate and reads them back; meanwhile, `change`.
+        What fio saw, as a dict."""
         report = self.path(0, "fio.json")
         command = ["fio", "--name=failover", "--ioengine=nbd", f"--uri={self.uri(volume)}", "--rw=randwrite", "--bs=4k",
                    "--iodepth=16", f"--size={int(seconds * rate) * 4096}", f"--rate_iops={rate}", "--verify=crc32c",
@@ -335,16 +379,16 @@ class Cluster:
         deadline = time.monotonic() + 60
         while self.writes() < before + rate and fio.poll() is None and time.monotonic() < deadline:
             time.sleep(0.02)
-        (self.kill if how == "kill" else self.pause)(1)
+        change()
+        if fio.poll() is not None:
+            raise Trouble(f"fio ended before it was over: exit code {fio.returncode}: {fio.communicate()[1].strip()}")
         said = fio.communicate()[1]
-        self.start(1)
-        self.wait_healthy(1)
         if fio.returncode != 0:
-            raise Trouble(f"fio saw the leader go: exit code {fio.returncode}: {said.strip()}")
+            raise Trouble(f"fio saw it: exit code {fio.returncode}: {said.strip()}")
         with open(report) as f:
             text = f.read()
         job = json.loads(text[text.index("{"):])["jobs"][0]
-        return {"how": how, "errors": job["error"], "writes": job["write"]["total_ios"],
+        return {"errors": job["error"], "writes": job["write"]["total_ios"],
                 "verified": job["read"]["total_ios"], "longest_ms": round(job["write"]["clat_ns"]["max"] / 1e6, 1)}
 
     # --- the network of isolated nodes ---

@@ -5,7 +5,7 @@ same run with the same binary. Node 1 leads everything. CPU and device figures a
 """
 import json, os, subprocess, time
 
-import nodes
+import nodes, part1
 
 SETS = "1-8"
 
@@ -32,6 +32,7 @@ class Three:
         cluster.wait_leaders()
         cluster.lead(1)
         cluster.create_volume("vol1", "256MiB")
+        cluster.create_volume("vol2", "64MiB")
         self.fill(self.all)
         self.rpc("3", self.single, "0:100", "64k", 8, "--fill", "--seconds", "1")
         cluster.drain()
@@ -160,6 +161,19 @@ class Three:
                         raise nodes.Trouble(f"fio saw the leader go: {seen}")
                     self.note(f"three_{how}_stall_{election_ms}_ms", seen["longest_ms"])
 
+    def upgrades(self):
+        """All servers and the exporter are upgraded in turn, under fio over NBD and a C program on libnebd.so."""
+        load = part1.Load(self.cluster.dir, self.cluster.nebd_socket(), "cbd:pool//vol2_figures_", 8192, rate=1000)
+        try:
+            seen = self.cluster.upgrade_all("vol1")
+            if seen["errors"] or seen["verified"] != seen["writes"]:
+                raise nodes.Trouble(f"fio saw the upgrades: {seen}")
+            self.note("three_upgrade_nbd_stall_ms", seen["longest_ms"])
+            self.note("three_upgrade_nebd_stall_ms", load.finish()["longest_ms"])
+            self.note("three_upgrade_pause_ms", max(seen["pauses_ms"].values()))
+        finally:
+            load.kill()
+
     def run(self, args, dirty):
         self.prepare(dirty)
         for number in range(args.rounds):
@@ -167,4 +181,6 @@ class Three:
             self.round(args.write_seconds, args.read_seconds)
         self.waited_for()
         self.catch_up()
+        for _ in range(1 if args.quick else 3):
+            self.upgrades()
         self.stalls(dirty)

@@ -203,8 +203,9 @@ impl Config {
         if self.flush_age_ms == 0 || self.max_inflight_requests == 0 {
             return bad("flush_age_ms, max_inflight_requests", "must not be 0");
         }
-        if self.data.is_none() && self.nbd_socket.is_none() && self.nbd_listen.is_none() {
-            return bad("data", "give a disk, or nbd_socket or nbd_listen to export volumes of other servers");
+        let exports = self.nbd_socket.is_some() || self.nbd_listen.is_some() || self.nebd.is_some();
+        if self.data.is_none() && !exports {
+            return bad("data", "give a disk, or nbd_socket, nbd_listen or [nebd] to export volumes of other servers");
         }
         if self.cluster.as_ref().is_some_and(|text| uuid(text).is_none()) {
             return bad("cluster", "must be a UUID other than all zeros, 32 hexadecimal digits with or without dashes");
@@ -289,6 +290,8 @@ mod tests {
         let socket = Some(PathBuf::from("nbd.sock"));
         let config = Config { nbd_socket: socket, export_shards: 2, ..Config::default() };
         config.check().unwrap();
+        let only_nebd = Config { nbd_socket: None, nebd: Some(NebdConfig::default()), ..config.clone() };
+        only_nebd.check().unwrap();
         assert_eq!(config.ctl_socket(), Path::new("ctl.sock"));
         assert_eq!(Config { data: Some("a/disk".into()), ..config }.catalog(), Path::new("a/volumes.json"));
     }

@@ -39,6 +39,7 @@ use std::os::fd::AsRawFd;
 use std::path::Path;
 use std::process::ExitCode;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::time::Duration;
 use take_over::Predecessor;
@@ -106,7 +107,7 @@ fn serve(
     let pause = Pause::new(stage, node.shards);
     let parts =
         Parts { config, disk, node: &node, shared: &shared, bells: &bells, peer, sockets: &sockets, pause: &pause };
-    let crew = parts.start_shards(ports, &events)?;
+    let crew = parts.start_shards(ports, &events, predecessor.is_some())?;
 
     let (catalog, nebd) = match (&mut predecessor, catalog) {
         (None, Some(catalog)) => {
@@ -295,7 +296,8 @@ struct Seed {
 
 impl Parts<'_> {
     /// Each time under a number of its own: what shards number by it is never numbered so again.
-    fn start_shards(&self, ports: Vec<Port>, events: &Sender<Event>) -> anyhow::Result<Crew> {
+    /// `patient`: nothing waits for them yet, so that they may begin with all that takes long.
+    fn start_shards(&self, ports: Vec<Port>, events: &Sender<Event>, patient: bool) -> anyhow::Result<Crew> {
         let shards = self.node.shards;
         let life = u64::from_le_bytes(drawn());
         let disk = self.disk.map(|disk| (disk.layout.clone(), ExtentPool::new(&disk.layout)));
@@ -305,6 +307,7 @@ impl Parts<'_> {
         let payload = arenas(self.config.payload_buffers.0)?;
         let work = arenas(if disk.is_some() { self.config.work_buffers.0 } else { 1 << 20 })?;
         let all: Vec<Arc<Arena>> = payload.iter().chain(&work).cloned().collect();
+        let touched = touch(all.clone(), patient, Arc::clone(self.shared))?;
         let cpus = cpus();
         let mut crew = Crew { threads: Vec::new(), begin: Vec::new() };
         for (number, (mailbox, port)) in (0..shards).zip(mesh(shards).into_iter().zip(ports)) {
@@ -322,6 +325,7 @@ impl Parts<'_> {
                     files: self.disk.iter().map(|disk| disk.file.as_raw_fd()).collect(),
                     listeners: self.sockets.fds(),
                     arenas: all.clone(),
+                    touched: Arc::clone(&touched),
                     entries: RING_ENTRIES,
                     recv_buffers: RECV_BUFFERS,
                     doorbells: Arc::clone(self.bells),
@@ -380,6 +384,29 @@ impl Parts<'_> {
     }
 }
 
+/// How often it is looked whether all is recovered; the pause between two arenas.
+const TOUCH_PAUSE: Duration = Duration::from_millis(10);
+
+/// Touch all of the buffers' memory, by and by, when a start that somebody waits for is over: where the kernel must first
+/// make room for it, that may take a second. Whether it has been touched. (Else the registration with the rings does it.)
+fn touch(arenas: Vec<Arc<Arena>>, by_registration: bool, shared: Arc<Shared>) -> std::io::Result<Arc<AtomicBool>> {
+    let touched = Arc::new(AtomicBool::new(by_registration));
+    if !by_registration {
+        let done = Arc::clone(&touched);
+        std::thread::Builder::new().name("memory".into()).spawn(move || {
+            while !shared.is_loaded() {
+                std::thread::sleep(TOUCH_PAUSE);
+            }
+            for arena in arenas {
+                arena.populate();
+                std::thread::sleep(TOUCH_PAUSE);
+            }
+            done.store(true, Ordering::Release);
+        })?;
+    }
+    Ok(touched)
+}
+
 fn shard_thread(mut seed: Seed, shared: &Arc<Shared>, events: &Sender<Event>) -> Result<Left, String> {
     if let Some(cpu) = seed.cpu {
         let mut set = rustix::thread::CpuSet::new();
@@ -408,7 +435,7 @@ fn shard_thread(mut seed: Seed, shared: &Arc<Shared>, events: &Sender<Event>) ->
     reactor.take_part(seed.pause, begin.clients.into_iter().map(Client::handed).collect());
     while !reactor.finished() {
         reactor.turn();
-        metrics.set(crate::metrics::Counter::Enters, counters.enters.load(std::sync::atomic::Ordering::Relaxed));
+        metrics.set(crate::metrics::Counter::Enters, counters.enters.load(Ordering::Relaxed));
     }
     match reactor.failure() {
         Some(failure) => Err(failure.to_string()),

@@ -139,7 +139,7 @@ impl Arena {
                 rustix::mm::MapFlags::PRIVATE,
             )?
         };
-        // Registration touches all of it at start: in huge pages that takes a fraction of the time. Without them it works too.
+        // All of it is touched at start: in huge pages that takes a fraction of the time. Without them it works too.
         // SAFETY: the range is the mapping just made; the advice changes nothing about its contents.
         let _ = unsafe { rustix::mm::madvise(base, len, rustix::mm::Advice::LinuxHugepage) };
         let base = NonNull::new(base.cast::<u8>()).ok_or(std::io::ErrorKind::OutOfMemory)?;
@@ -151,6 +151,19 @@ impl Arena {
             remote: AtomicPtr::new(std::ptr::null_mut()),
             free_bytes: AtomicUsize::new(len),
         }))
+    }
+
+    /// Touch all of it, so that registering it takes no time. From any thread, also while it is in use.
+    pub fn populate(&self) {
+        // A piece at a time: the kernel holds the mapping's lock over each call.
+        for at in (0..self.len).step_by(8 << 20) {
+            let len = (self.len - at).min(8 << 20);
+            // SAFETY: the range is within the mapping, which lives as long as `self`; the advice faults pages in and changes
+            // no contents. A kernel that does not know it refuses, and nothing is lost.
+            let _ = unsafe {
+                rustix::mm::madvise(self.base.as_ptr().add(at).cast(), len, rustix::mm::Advice::LinuxPopulateWrite)
+            };
+        }
     }
 
     /// Make the calling thread the one that may allocate. The first caller of this or of `alloc` wins.

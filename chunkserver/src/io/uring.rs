@@ -27,7 +27,7 @@ use setup::{build, classify, supports};
 use smallvec::SmallVec;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU16, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU16, AtomicU64, Ordering};
 
 /// What a ring is made of.
 #[derive(Debug)]
@@ -40,6 +40,8 @@ pub struct Setup {
     pub listeners: Vec<RawFd>,
     /// Every shard's arena: payloads may come from any of them.
     pub arenas: Vec<Arc<Arena>>,
+    /// They have been touched, so that registering them is quick: only then that is done.
+    pub touched: Arc<AtomicBool>,
     /// Submission queue entries.
     pub entries: u32,
     /// Receive buffers (a power of two) and their size, bytes.
@@ -81,6 +83,8 @@ pub struct Uring {
     listeners: Vec<RawFd>,
     regions: Vec<(usize, usize)>,
     fixed: bool,
+    /// To be registered when this says so.
+    unregistered: Option<(Arc<AtomicBool>, Vec<Arc<Arena>>)>,
     /// The kernel takes vectored writes from registered memory (6.15).
     writev_fixed: bool,
     recv: RecvRing,
@@ -125,7 +129,6 @@ impl Uring {
         if !setup.files.is_empty() {
             ring.submitter().register_files(&setup.files)?;
         }
-        let fixed = register_arenas(&ring, &setup.arenas);
         let recv = RecvRing::new(&ring, setup.recv_buffers.0, setup.recv_buffers.1)?;
         setup.doorbells.rings[usize::from(setup.shard)].store(ring.as_raw_fd(), Ordering::Release);
         let regions = setup.arenas.iter().map(|a| (a.region().0 as usize, a.region().1)).collect();
@@ -133,7 +136,8 @@ impl Uring {
             shard: setup.shard,
             listeners: setup.listeners,
             regions,
-            fixed,
+            fixed: false,
+            unregistered: Some((setup.touched, setup.arenas)),
             writev_fixed: supports(&ring, opcode::WritevFixed::CODE),
             recv,
             flights: Vec::new(),
@@ -149,8 +153,17 @@ impl Uring {
             counters: Arc::default(),
             ring,
         };
+        this.register_arenas();
         this.watch_doorbell();
         Ok(this)
+    }
+
+    /// Once, as soon as it is quick. Until then I/O costs a little more CPU, and the start does not wait.
+    fn register_arenas(&mut self) {
+        let ready = self.unregistered.take_if(|(touched, _)| touched.load(Ordering::Acquire));
+        if let Some((_, arenas)) = ready {
+            self.fixed = register_arenas(&self.ring, &arenas);
+        }
     }
 
     /// Counters, shared with whoever reports them.
@@ -492,6 +505,7 @@ impl Io for Uring {
     }
 
     fn turn(&mut self, deadline: Instant, out: &mut Vec<Completion>) {
+        self.register_arenas();
         // What the turn before gave back is there before its receives are.
         self.recv.refill();
         let wait = if deadline == Instant::FAR { u64::MAX } else { deadline.since_ns(clock()) };

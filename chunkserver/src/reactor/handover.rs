@@ -10,6 +10,8 @@
 //!  new   Wait ─► Serve                                             adopts the connections
 //! ```
 //!
+//! * WriteBack: everything is served. What others can lead is handed to them now, so that its clients do not wait out the pause;
+//!   dirty data is written back.
 //! * Hold: no connection is accepted, no byte of a client is received; what was begun is answered. Peers are heard on:
 //!   without them nothing commits.
 //! * Leave: answers that a client does not take are cut off where the kernel has them, and go with it; the log is sealed,
@@ -32,6 +34,11 @@ const SEND_GRACE_MS: u64 = 20;
 /// A copyset that needs nobody's consent leads soon after recovery; one that does not is not waited for longer than this,
 /// milliseconds.
 const LEAD_MS: u64 = 2000;
+/// So long others get to take over what they can lead, milliseconds; after that they do it when we are gone.
+const HAND_OVER_MS: u64 = 600;
+/// So long clients of what others lead by now are still answered: who does not ask meanwhile asks a server that is silent, and
+/// waits as long as that is. Milliseconds.
+const REDIRECT_MS: u64 = 100;
 /// How often a loop looks for the next stage, milliseconds.
 const LOOK_MS: u64 = 1;
 /// Write-back rounds that leave little to replay: the one under way, and a whole one.
@@ -142,6 +149,9 @@ pub struct Parting<I> {
 #[derive(Debug)]
 pub(super) struct Part {
     stage: Stage,
+    begun: Instant,
+    /// WriteBack: when it last led what others can.
+    led: Option<Instant>,
     reported: bool,
     /// Write-back rounds when it began.
     rounds: u64,
@@ -160,6 +170,8 @@ impl Part {
         let cut_at = now.after_ms(SEND_GRACE_MS);
         Self {
             stage,
+            begun: now,
+            led: None,
             reported: false,
             rounds,
             cut_at,
@@ -238,7 +250,7 @@ impl<I: Io> Reactor<I> {
         }
         let through = match stage {
             Stage::Serve => return self.adopt(),
-            Stage::WriteBack => self.written_back(),
+            Stage::WriteBack => self.led_by_others(now) & self.written_back(),
             Stage::Hold => self.is_held(),
             Stage::Wait => {
                 let serving = self.shard.serving();
@@ -257,6 +269,18 @@ impl<I: Io> Reactor<I> {
         {
             pause.report(stage);
         }
+    }
+
+    /// Others lead what they can, and whoever asked us lately has been sent to them.
+    fn led_by_others(&mut self, now: Instant) -> bool {
+        let Some(part) = &mut self.part else { return true };
+        if part.begun.after_ms(HAND_OVER_MS) <= now {
+            return true;
+        }
+        if self.shard.hand_over() {
+            part.led = Some(now);
+        }
+        part.led.is_none_or(|led| led.after_ms(REDIRECT_MS) <= now)
     }
 
     fn written_back(&mut self) -> bool {

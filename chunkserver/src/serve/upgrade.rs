@@ -315,7 +315,7 @@ impl Server<'_> {
             tracing::error!(%error, "volumes cannot be changed until the next start");
         }
         parts.pause.set(Stage::Wait);
-        let crew: Crew = parts.start_shards(ports, &self.events).map_err(|error| fatal(&error))?;
+        let crew: Crew = parts.start_shards(ports, &self.events, false).map_err(|error| fatal(&error))?;
         crew.go(clients, &self.volumes, self.nebd.as_ref());
         self.crew = crew;
         if !self.wait_reported(RECOVER_WAIT)? {

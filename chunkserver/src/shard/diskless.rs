@@ -141,6 +141,13 @@ impl Core {
         }
     }
 
+    pub fn hand_over(&mut self) -> bool {
+        match self {
+            Self::Shard(shard) => shard.hand_over(),
+            Self::Diskless(_) => false,
+        }
+    }
+
     #[must_use]
     pub fn leads_alone(&self) -> bool {
         match self {

@@ -78,15 +78,17 @@ impl Shard {
         self.mark_dirty(id);
     }
 
-    /// This node stops: others may lead at once instead of after an election timeout.
-    pub(super) fn hand_over(&mut self) {
-        let led: Vec<CopysetId> = self.groups.keys().copied().filter(|&id| self.leads(id)).collect();
-        for id in led {
-            if let Some(group) = self.groups.get_mut(&id).filter(|group| group.raft.needs_ticks()) {
-                let _ = group.raft.transfer_leader(self.now.0, 0); // nobody to hand it to: they will elect
+    /// This node stops: others may lead at once instead of after an election timeout. Whether it leads any that others could.
+    pub fn hand_over(&mut self) -> bool {
+        let shared = self.groups.iter().filter(|(_, group)| group.raft.needs_ticks()).map(|(&id, _)| id);
+        let led: Vec<CopysetId> = shared.filter(|&id| self.leads(id)).collect();
+        for &id in &led {
+            // Nobody to hand it to: they will elect. One that is on its way: refused.
+            if self.groups.get_mut(&id).is_some_and(|group| group.raft.transfer_leader(self.now.0, 0).is_ok()) {
                 self.mark_dirty(id);
             }
         }
+        !led.is_empty()
     }
 
     /// A change that had started is over.

@@ -455,7 +455,7 @@ impl Shard {
         match self.state {
             State::Serving => {
                 self.state = State::Draining { sealed: None, until: self.now.after_ms(DRAIN_MS) };
-                self.hand_over();
+                let _ = self.hand_over();
             }
             State::Boot(_) => self.state = State::Stopped,
             _ => {}

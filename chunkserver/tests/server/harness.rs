@@ -91,8 +91,8 @@ impl Lab {
     pub(crate) fn exporter(setup: Setup) -> Self {
         let lab = Self::blank(setup);
         let mut toml = std::fs::read_to_string(lab.path("chunkserver.toml")).unwrap();
-        toml = toml.replace(&format!("data = {:?}\n", lab.disk()), "export_shards = 2\n");
-        toml += &format!("ctl_socket = {:?}\ncatalog = {:?}\n", lab.path("ctl.sock"), lab.path("volumes.json"));
+        let own = format!("ctl_socket = {:?}\ncatalog = {:?}\n", lab.path("ctl.sock"), lab.path("volumes.json"));
+        toml = toml.replace(&format!("data = {:?}\n", lab.disk()), &format!("export_shards = 2\n{own}"));
         std::fs::write(lab.path("chunkserver.toml"), toml).unwrap();
         lab
     }

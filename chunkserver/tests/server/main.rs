@@ -14,6 +14,7 @@ mod crowds;
 mod disks;
 mod foreign;
 mod frames;
+mod guest;
 mod harness;
 mod leaders;
 mod nbd;

@@ -8,3 +8,5 @@ mod life;
 mod replay;
 mod restart;
 mod start;
+
+pub(super) use client::{lab, setup};

@@ -10,7 +10,7 @@ use std::process::Command;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Instant;
 
-const COPYSETS: u32 = 3;
+pub(super) const COPYSETS: u32 = 3;
 
 fn setup() -> Setup {
     Setup { extra: "election_timeout_ms = 300".into(), ..Setup::default() }
@@ -70,7 +70,7 @@ impl Nodes {
         leader.unwrap()
     }
 
-    fn lead(&self, copyset: u32, node: usize) {
+    pub(super) fn lead(&self, copyset: u32, node: usize) {
         let (set, peer) = (format!("1:{copyset}"), self.labs[node].peer());
         wait_for("the leader to move", || {
             if self.status(node, copyset).is_some_and(|seen| seen["state"] == "leader") {
@@ -83,7 +83,7 @@ impl Nodes {
     }
 }
 
-fn create_volume(lab: &Lab, nodes: &Nodes) -> Value {
+pub(super) fn create_volume(lab: &Lab, nodes: &Nodes) -> Value {
     let (peers, sets) = (nodes.peers(), format!("1:1-{COPYSETS}"));
     lab.ask(&[
         "volume",

@@ -7,12 +7,23 @@ use std::io::{Read, Write};
 use std::net::SocketAddrV4;
 
 fn ring(files: Vec<RawFd>, listeners: Vec<RawFd>, shard: u16, doorbells: &Arc<Doorbells>) -> (Uring, Arc<Arena>) {
+    ring_with(files, listeners, shard, doorbells, Arc::new(AtomicBool::new(true)))
+}
+
+fn ring_with(
+    files: Vec<RawFd>,
+    listeners: Vec<RawFd>,
+    shard: u16,
+    doorbells: &Arc<Doorbells>,
+    touched: Arc<AtomicBool>,
+) -> (Uring, Arc<Arena>) {
     let arena = Arena::new(4 << 20).unwrap();
     let setup = Setup {
         shard,
         files,
         listeners,
         arenas: vec![Arc::clone(&arena)],
+        touched,
         entries: 64,
         recv_buffers: (8, 16 << 10),
         doorbells: Arc::clone(doorbells),
@@ -60,6 +71,31 @@ fn disk_round_trip_vectored_and_synced() {
         }
     }
     assert_eq!(arena.free_bytes(), 4 << 20, "every buffer came back");
+}
+
+#[test]
+fn memory_is_registered_when_it_is_touched_and_of_use_before() {
+    let file = tempfile::tempfile().unwrap();
+    file.set_len(1 << 20).unwrap();
+    let (bells, touched) = (Doorbells::new(1).unwrap(), Arc::new(AtomicBool::new(false)));
+    let (mut io, arena) = ring_with(vec![file.as_raw_fd()], vec![], 0, &bells, Arc::clone(&touched));
+    for round in 0..3u8 {
+        assert_eq!(io.fixed, round == 2);
+        let mut buf = arena.alloc(BLOCK).unwrap();
+        buf.fill(round + 1);
+        // While it is touched from elsewhere, the contents stay.
+        std::thread::scope(|scope| {
+            let _ = scope.spawn(|| arena.populate());
+        });
+        let bufs = [buf.freeze()].into_iter().collect();
+        io.submit(Token(1), Op::Write { file: FileId(0), offset: 4096, bufs, dsync: false });
+        assert!(matches!(wait(&mut io, 1)[0].done, Done::Write(Ok(()))));
+        touched.store(round > 0, Ordering::Release);
+        io.submit(Token(2), Op::Read { file: FileId(0), offset: 4096, buf: arena.alloc(BLOCK).unwrap() });
+        let Done::Read { buf, result } = wait(&mut io, 1).remove(0).done else { panic!() };
+        result.unwrap();
+        assert!(buf.iter().all(|&byte| byte == round + 1));
+    }
 }
 
 #[test]

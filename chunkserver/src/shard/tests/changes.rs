@@ -215,6 +215,26 @@ fn leadership_is_handed_over() {
     assert_eq!(read(&mut c, next, 0).outcome, Outcome::Success);
 }
 
+/// Before clients are held for a hand-over: what others can lead they lead, and everything is served meanwhile.
+#[test]
+fn what_others_can_lead_is_given_away() {
+    let mut c = cluster(3, &[0, 1, 2], &Setup::default(), 23);
+    let leader = c.wait_leader(ID);
+    let alone = CopysetId::new(1, 8);
+    c.create(alone, &[leader]);
+    c.until("it leads its own", |c| c.nodes[leader].shard().leads(alone));
+    assert_eq!(write(&mut c, 0, 0, 1), Outcome::Success);
+    assert!(c.nodes[leader].shard().hand_over());
+    c.until("it leads nothing of others", |c| !c.nodes[leader].shard().hand_over());
+    assert!(c.nodes[leader].shard().leads(alone) && c.nodes[leader].shard().serving());
+    assert_eq!(write(&mut c, 0, 0, 2), Outcome::Success);
+    let next = c.wait_leader(ID);
+    assert_ne!(next, leader);
+    // With nobody to take over it is led on.
+    c.isolate(next);
+    assert!(c.nodes[next].shard().hand_over());
+}
+
 #[test]
 fn without_a_quorum_nothing_is_answered_that_is_not_so() {
     let mut c = cluster(3, &[0, 1, 2], &Setup::default(), 17);

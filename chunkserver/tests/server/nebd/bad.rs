@@ -4,10 +4,17 @@ use super::client::{FILE, K, M, NOK, Nebd, OK, VOL1, http, lab, open, open_files
 use crate::client::pattern;
 use crate::harness::wait_for;
 use crate::wire::{Message, request};
+use rustix::process::Signal;
+use std::time::{Duration, Instant};
 
 #[test]
 fn requests_that_are_refused_at_once() {
-    let lab = lab("");
+    // Whatever becomes of an I/O that fails: these are none.
+    ["", "return_io_errors = true"].into_iter().for_each(refused_at_once);
+}
+
+fn refused_at_once(more: &str) {
+    let lab = lab(more);
     let server = lab.start();
     let mut client = Nebd::connect(&lab);
     let fd = client.open(VOL1);
@@ -118,6 +125,34 @@ fn garbage_costs_its_connection_and_no_other() {
     wait_for("all descriptors to be closed", || server.descriptors() <= before);
     wait_buffers_free(&lab);
     server.stop();
+}
+
+/// More answers than a socket holds, and nobody reads them: the others are served, and the end of the server comes.
+#[test]
+fn clients_that_read_no_answers() {
+    let lab = lab("");
+    let mut server = lab.start();
+    let mut good = Nebd::connect(&lab);
+    let fd = good.open(VOL1);
+    assert_eq!(good.write(fd, 0, &pattern(1, K)), OK);
+    let deaf: Vec<Nebd> = (0..4)
+        .map(|_| {
+            let mut deaf = Nebd::connect(&lab);
+            for i in 0..200 {
+                deaf.begin("Read", &range(fd, i % 64 * M, M), &[]);
+            }
+            deaf
+        })
+        .collect();
+    for round in 0..50 {
+        assert_eq!(good.write(fd, 4096, &pattern(round, K)), OK);
+        assert_eq!(good.read(fd, 4096, 4096), (OK, pattern(round, K)));
+    }
+    let begun = Instant::now();
+    server.signal(Signal::TERM);
+    assert!(server.wait().success());
+    assert!(begun.elapsed() < Duration::from_secs(10), "{:?}", begun.elapsed());
+    drop(deaf);
 }
 
 #[test]

@@ -14,13 +14,13 @@ pub(super) const NOK: u64 = u64::MAX;
 pub(super) const VOL1: &str = "cbd:pool1//vol1_user_";
 
 /// A disk with room for some volumes, and part2.
-pub(super) fn setup(more: &str) -> Setup {
+pub(crate) fn setup(more: &str) -> Setup {
     let extra = format!("[nebd]\nsocket = \"@/nebd.sock\"\nmetafile = \"@/nebdserver.meta\"\n{more}\n");
     Setup { extra, ..Setup::default() }
 }
 
 /// The same, started once, with a volume `vol1` of 64 MiB.
-pub(super) fn lab(more: &str) -> Lab {
+pub(crate) fn lab(more: &str) -> Lab {
     let lab = Lab::new(setup(more));
     let server = lab.start();
     lab.copysets(4);
