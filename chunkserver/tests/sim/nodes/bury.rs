@@ -80,12 +80,12 @@ impl Run {
         (dead, sure)
     }
 
-    /// See the module's text. Why it was not done, if not. What is full for one copyset's dead may keep another one from
-    /// having a leader.
-    pub(super) fn bury(&mut self) -> Option<&'static str> {
+    /// See the module's text. Why it was not done, if not. `all`: wait until every copyset says who its members are. What is
+    /// full for one copyset's dead may keep another one from saying so.
+    pub(super) fn bury(&mut self, all: bool) -> Option<&'static str> {
         for _ in 0..STEPS {
             let (left, sure) = self.dead();
-            if sure && left.is_empty() {
+            if left.is_empty() && (sure || !all) {
                 return None;
             }
             let (me, links) = (self.sim.actors.len(), Links::new(self.nodes));

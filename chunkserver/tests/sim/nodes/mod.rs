@@ -89,7 +89,7 @@ impl Run {
 
     /// Everything that must hold once it is calm; why not, if not.
     fn end(&mut self) -> Option<&'static str> {
-        if let Some(stuck) = self.bury().or_else(|| self.clean()) {
+        if let Some(stuck) = self.bury(false).or_else(|| self.clean()).or_else(|| self.bury(true)) {
             return Some(stuck);
         }
         if let Some(stuck) = self.sweep().or_else(|| self.audit()) {
