@@ -57,10 +57,10 @@ impl Shard {
             }
             AdminOp::Members(op) => self.change_members(id, op, origin, out),
             AdminOp::Checkpoint if !self.groups.contains_key(&id) => reply(out, origin, Outcome::NoCopyset),
-            AdminOp::Checkpoint => self.want_checkpoints(&[id], origin, out),
+            AdminOp::Checkpoint => self.want_checkpoints(&[id], Some(origin), out),
             AdminOp::CheckpointAll => {
                 let ids: Vec<CopysetId> = self.groups.keys().copied().collect();
-                self.want_checkpoints(&ids, origin, out);
+                self.want_checkpoints(&ids, Some(origin), out);
             }
             AdminOp::ShardStatus => answer(out, origin, ReplyData::Shard(Box::new(self.status()))),
         }
@@ -187,7 +187,7 @@ impl Shard {
     }
 }
 
-fn tell(out: &mut Effects, origin: Option<Origin>, outcome: Outcome) {
+pub(super) fn tell(out: &mut Effects, origin: Option<Origin>, outcome: Outcome) {
     if let Some(origin) = origin {
         reply(out, origin, outcome);
     }

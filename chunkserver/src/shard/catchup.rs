@@ -83,7 +83,7 @@ impl Shard {
             self.read_back(id, out);
             let over = |f: &Fetching| f.in_flight == 0 && (f.failed || f.next >= f.high);
             if self.catch_up.fetching.get(&id).is_some_and(over) {
-                self.fetched_for_peers(id);
+                self.fetched_for_peers(id, out);
             }
         }
     }
@@ -141,9 +141,13 @@ impl Shard {
         }
     }
 
-    fn fetched_for_peers(&mut self, id: CopysetId) {
+    fn fetched_for_peers(&mut self, id: CopysetId, out: &mut Effects) {
         let Some(fetching) = self.catch_up.fetching.remove(&id) else { return };
         self.catch_up.bytes -= fetching.bytes;
+        if fetching.failed && !self.members.wants_checkpoint(id) {
+            // What it says is on the slots: from behind a checkpoint a peer is given that.
+            self.want_checkpoints(&[id], None, out);
+        }
         if let Some(group) = self.groups.get_mut(&id) {
             group.raft.fetched(fetching.low, !fetching.failed);
             self.catch_up.lent.push((id, fetching.low, fetching.high.min(group.applied + 1)));

@@ -1,9 +1,10 @@
 //! Who is in a copyset and who leads it: changes asked of its leader, answered when they are done; and checkpoints that
 //! somebody asks for.
 
+use super::admin::tell;
 use super::request::{MemberOp, Origin, Outcome, Reply, ReplyData};
-use super::{Effects, Shard, reply};
-use copyset::{ChangeFailed, ChangeRefused, Changed, Started};
+use super::{Effects, Group, Shard, reply};
+use copyset::{ChangeFailed, ChangeRefused, Changed, Role, Started};
 use raftlog::CopysetId;
 use slab::Slab;
 
@@ -12,8 +13,8 @@ use slab::Slab;
 pub(super) struct Members {
     /// Changes under way.
     changes: Slab<(CopysetId, Origin)>,
-    /// Checkpoints wanted: who asked, and the applied index each copyset had then.
-    wanted: Vec<(Origin, Vec<(CopysetId, u64)>)>,
+    /// Checkpoints wanted: who asked (`None`: nobody outside), and the applied index each copyset had then.
+    wanted: Vec<(Option<Origin>, Vec<(CopysetId, u64)>)>,
 }
 
 impl Members {
@@ -25,7 +26,7 @@ impl Members {
         self.wanted.retain_mut(|(origin, targets)| {
             targets.retain(|(other, _)| !concerned(*other));
             if id.is_none() {
-                origins.push(*origin);
+                origins.extend(*origin);
             }
             id.is_some()
         });
@@ -78,12 +79,14 @@ impl Shard {
         self.mark_dirty(id);
     }
 
-    /// This node stops: others may lead at once instead of after an election timeout. Whether it leads any that others could.
+    /// This node stops: others may lead at once instead of after an election timeout. Whether it leads any still that others
+    /// could, on its way to another or not.
     pub fn hand_over(&mut self) -> bool {
-        let shared = self.groups.iter().filter(|(_, group)| group.raft.needs_ticks()).map(|(&id, _)| id);
-        let led: Vec<CopysetId> = shared.filter(|&id| self.leads(id)).collect();
-        for &id in &led {
-            // Nobody to hand it to: they will elect. One that is on its way: refused.
+        let alive = |group: &Group| group.raft.needs_ticks() && !group.damaged && group.raft.retired() == 0;
+        let shared = self.groups.iter().filter(|(_, group)| alive(group) && group.raft.role() == Role::Leader);
+        let led: Vec<CopysetId> = shared.map(|(&id, _)| id).collect();
+        for &id in led.iter().filter(|&&id| self.leads(id)).collect::<Vec<_>>() {
+            // Nobody to hand it to: they will elect.
             if self.groups.get_mut(&id).is_some_and(|group| group.raft.transfer_leader(self.now.0, 0).is_ok()) {
                 self.mark_dirty(id);
             }
@@ -106,7 +109,7 @@ impl Shard {
     }
 
     /// Make what these copysets have applied durable outside the log.
-    pub(super) fn want_checkpoints(&mut self, ids: &[CopysetId], origin: Origin, out: &mut Effects) {
+    pub(super) fn want_checkpoints(&mut self, ids: &[CopysetId], origin: Option<Origin>, out: &mut Effects) {
         let lacks = |id: &CopysetId| {
             let group = self.groups.get(id).filter(|group| !group.damaged)?;
             let known = self.log.borrow().index(*id)?.checkpoint().applied_index;
@@ -114,7 +117,7 @@ impl Shard {
         };
         let targets: Vec<(CopysetId, u64)> = ids.iter().filter_map(lacks).collect();
         if targets.is_empty() {
-            return reply(out, origin, Outcome::Success);
+            return tell(out, origin, Outcome::Success);
         }
         self.members.wanted.push((origin, targets));
         self.flush.next = self.now;
@@ -127,7 +130,7 @@ impl Shard {
             let durable = |id: CopysetId, at: u64| log.index(id).is_none_or(|i| i.checkpoint().applied_index >= at);
             targets.retain(|&(id, at)| !durable(id, at));
             if targets.is_empty() {
-                reply(out, *origin, Outcome::Success);
+                tell(out, *origin, Outcome::Success);
             }
             !targets.is_empty()
         });

@@ -225,7 +225,9 @@ fn what_others_can_lead_is_given_away() {
     c.until("it leads its own", |c| c.nodes[leader].shard().leads(alone));
     assert_eq!(write(&mut c, 0, 0, 1), Outcome::Success);
     assert!(c.nodes[leader].shard().hand_over());
+    assert!(c.nodes[leader].shard().hand_over(), "on its way, and not there");
     c.until("it leads nothing of others", |c| !c.nodes[leader].shard().hand_over());
+    assert_ne!(c.status(leader, ID).unwrap().state, 1);
     assert!(c.nodes[leader].shard().leads(alone) && c.nodes[leader].shard().serving());
     assert_eq!(write(&mut c, 0, 0, 2), Outcome::Success);
     let next = c.wait_leader(ID);

@@ -297,3 +297,22 @@ fn a_log_that_lost_durable_records_catches_up() {
         assert_eq!(c.answer(leader, slot).outcome, Outcome::Success, "seed {seed}");
     }
 }
+
+/// What a lagging peer lacks has rotted in the leader's log, after it was applied.
+#[test]
+fn what_cannot_be_read_back_from_the_log_is_given_from_the_slots() {
+    for seed in 0..4 {
+        let (mut c, leader) = three(seed);
+        let away = (leader + 1) % 3;
+        c.isolate(away);
+        for stamp in 600..606 {
+            let slot = c.nodes[leader].write(ID, CHUNK, stamp as u32 % 4, 1, stamp).expect("a buffer");
+            assert_eq!(c.answer(leader, slot).outcome, Outcome::Success);
+        }
+        c.nodes[leader].rot(602, false);
+        c.cut.clear();
+        let applied = |c: &mut Cluster, node: usize| c.nodes[node].shard().groups[&ID].applied;
+        c.until("it has caught up", |c| applied(c, away) == applied(c, leader));
+        c.compare(ID, CHUNK + 1);
+    }
+}
