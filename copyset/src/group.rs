@@ -112,6 +112,8 @@ pub struct Copyset {
     /// See [`Self::freeze`].
     frozen: bool,
     suspicion: Suspicion,
+    /// See [`Self::is_lossy`].
+    lossy: bool,
     /// Not fit to lead, says the shard.
     held_back: bool,
     /// No member any more, says a member.
@@ -209,6 +211,7 @@ impl Copyset {
             installing: None,
             frozen: false,
             suspicion: if suspect { Suspicion::Unknown } else { Suspicion::Clear },
+            lossy: suspect,
             held_back: false,
             removed: false,
             hard_state,

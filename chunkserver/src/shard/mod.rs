@@ -368,7 +368,13 @@ impl Shard {
         }
         self.write_log(out);
         self.catch_up_step(out);
+        // The limit on raft snapshots is for both: who gives and who takes come first in turn.
+        if self.supply.first {
+            self.supply_waiting(out);
+        }
+        let taken = self.throttle.turns();
         self.install_step(out);
+        self.supply.first |= self.throttle.turns() != taken;
         self.mend_step(out);
         self.suspects_step(out);
         self.renew_step(out);
@@ -408,6 +414,7 @@ impl Shard {
                     .min(self.install_deadline())
                     .min(self.supply_deadline())
                     .min(self.mend_deadline())
+                    .min(self.renew_deadline())
                     .min(self.suspects_deadline())
                     .min(self.log_write_deadline())
                     .min(self.next_tick)
