@@ -368,13 +368,7 @@ impl Shard {
         }
         self.write_log(out);
         self.catch_up_step(out);
-        // The limit on raft snapshots is for both: who gives and who takes come first in turn.
-        if self.supply.first {
-            self.supply_waiting(out);
-        }
-        let taken = self.throttle.turns();
-        self.install_step(out);
-        self.supply.first |= self.throttle.turns() != taken;
+        self.feed_step(out);
         self.mend_step(out);
         self.suspects_step(out);
         self.renew_step(out);

@@ -82,12 +82,12 @@ impl Shard {
     }
 
     /// Make a replica the only voter, and end whatever it has under way with others.
-    pub(super) fn reset_peer(&mut self, id: CopysetId, peers: Vec<u64>, origin: Origin, out: &mut Effects) {
+    pub(super) fn reset_peer(&mut self, id: CopysetId, peers: &[u64], origin: Origin, out: &mut Effects) {
         let Some(group) = self.groups.get(&id) else {
             let broken = self.broken.contains(&id);
             return reply(out, origin, if broken { Outcome::CrcFail } else { Outcome::NoCopyset });
         };
-        let outcome = match group.raft.may_reset(&peers) {
+        let outcome = match group.raft.may_reset(peers) {
             _ if group.raft.retired() != 0 => Outcome::NoCopyset,
             Err(ResetRefused::Invalid) => Outcome::Invalid,
             _ if group.damaged && !waits_for_word(group, self.config.peer) => Outcome::CrcFail,

@@ -117,6 +117,16 @@ impl Shard {
         self.read(Origin { shard: PEERS, slot, serial: 0 }, copyset, chunk, offset, len, out);
     }
 
+    /// Move what is taken in on. The limit is for both: who gives and who takes come first in turn.
+    pub(super) fn feed_step(&mut self, out: &mut Effects) {
+        if self.supply.first {
+            self.supply_waiting(out);
+        }
+        let taken = self.throttle.turns();
+        self.install_step(out);
+        self.supply.first |= self.throttle.turns() != taken;
+    }
+
     /// Pieces that waited for the limit. Their peers are being fed, if slowly: what they were offered stands.
     pub(super) fn supply_waiting(&mut self, out: &mut Effects) {
         while self.throttle.ready(self.now)
