@@ -271,13 +271,12 @@ enum CopysetCommand {
         #[command(flatten)]
         on: Remote,
     },
-    /// Force these members on one server's replica, leader or not: when the others are gone for good. What only they had is lost
+    /// Force one server's replica to be the only member, leader or not: when the others are gone for good. What only they had is lost
     ResetPeer {
         #[command(flatten)]
         on: Remote,
-        /// Members: as a rule that server alone
-        #[arg(required = true, value_delimiter = ',')]
-        peers: Vec<PeerId>,
+        /// That server
+        peer: PeerId,
     },
     /// Take one that was deleted on this server out of the trash
     Restore {
@@ -439,7 +438,7 @@ fn copyset(to: &Target, command: CopysetCommand) -> anyhow::Result<Value> {
             change(&on, remote::Change::Transfer(peer.unwrap_or(PeerId::NONE)))
         }
         CopysetCommand::Snapshot { on } => Ok(remote::snapshot(on.node, one(&on.copyset)?)?),
-        CopysetCommand::ResetPeer { on, peers } => Ok(remote::reset(on.node, one(&on.copyset)?, &peers)?),
+        CopysetCommand::ResetPeer { on, peer } => Ok(remote::reset(on.node, one(&on.copyset)?, peer)?),
         CopysetCommand::Restore { copyset } => {
             let id = one(&copyset)?;
             local(Ctl::CopysetRestore { pool: id.pool(), copyset: id.copyset() })

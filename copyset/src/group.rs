@@ -115,6 +115,8 @@ pub struct Copyset {
     /// Committed as of the last tick, and until when others are let lead: see `tick_commit`.
     committed: u64,
     yields_until: u64,
+    /// See [`Self::is_lossy`].
+    lossy: bool,
     /// Not fit to lead, says the shard.
     held_back: bool,
     /// No member any more, says a member.
@@ -214,6 +216,7 @@ impl Copyset {
             suspicion: if suspect { Suspicion::Unknown } else { Suspicion::Clear },
             committed: 0,
             yields_until: 0,
+            lossy: suspect,
             held_back: false,
             removed: false,
             hard_state,

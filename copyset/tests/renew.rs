@@ -1,4 +1,4 @@
-//! Groups that start anew from their own log: voters forced on a replica whose others are gone, and out of the trash.
+//! Groups that start anew from their own log: a replica whose others are gone is the only voter, and out of the trash.
 #![allow(clippy::unwrap_used)]
 
 mod common;
@@ -18,12 +18,12 @@ fn load(net: &mut Net, writes: usize) {
 }
 
 /// As the shard does: all that is applied is on the slots, then the checkpoint.
-fn force(node: &mut Node, voters: &[u64]) {
-    assert_eq!(node.copyset.may_reset(voters), Ok(Started::Begun));
+fn force(node: &mut Node) {
+    assert_eq!(node.copyset.may_reset(&[ME]), Ok(Started::Begun));
     node.copyset.freeze(node.now);
     assert!(node.copyset.is_settled());
     node.checkpoint(node.copyset.applied_index());
-    node.copyset.renew(&Renewal::Reset(voters.to_vec()));
+    node.copyset.renew(&Renewal::Reset);
 }
 
 /// Three nodes under load, until `stop` says so of [`ME`], a follower; then only that one is left.
@@ -71,7 +71,7 @@ fn the_last_of_three_goes_on_alone_with_all_it_acknowledged() {
         let mut net = survivor(seed, |node| tail(node) > 2 && !change_in_tail(node));
         let node = net.node(ME);
         let (term, epoch, held) = (node.copyset.term(), node.copyset.conf().epoch, node.copyset.durable_index());
-        force(node, &[ME]);
+        force(node);
         assert!(!node.copyset.may_read(node.now) && node.copyset.role() != Role::Leader, "it is not durable yet");
         assert_eq!(node.renewed, 0);
         assert_eq!(net.await_leader(2000), ME);
@@ -104,7 +104,7 @@ fn the_last_of_three_goes_on_alone_with_all_it_acknowledged() {
 fn membership_changes_in_the_tail_do_not_undo_what_was_forced() {
     let mut net = survivor(11, change_in_tail);
     let last = net.nodes[&ME].copyset.last_index();
-    force(net.node(ME), &[ME]);
+    force(net.node(ME));
     net.await_leader(2000);
     let alone = |net: &mut Net| {
         let conf = net.node(ME).copyset.conf().clone();
@@ -142,7 +142,7 @@ fn a_crash_leaves_the_old_voters_or_the_forced_ones() {
         let mut node = Node::new(Config::new(ID, ME, seed), &[1, 2, ME], seed);
         node.settle();
         let term = node.copyset.term();
-        force(&mut node, &[ME]);
+        force(&mut node);
         node.turn();
         node.restart();
         let voters = node.copyset.conf().voters.clone();
@@ -157,37 +157,25 @@ fn a_crash_leaves_the_old_voters_or_the_forced_ones() {
 }
 
 #[test]
-fn voters_without_this_replica_make_it_wait() {
-    let mut node = Node::new(Config::new(ID, ME, 1), &[1, 2, ME], 1);
-    node.settle();
-    force(&mut node, &[1, 2]);
-    for _ in 0..200 {
-        node.settle();
-        node.tick();
-    }
-    assert_eq!((node.copyset.role(), node.renewed), (Role::Follower, 1));
-    assert!(node.outgoing.is_empty(), "it asks nobody for votes");
-}
-
-#[test]
 fn what_cannot_be_forced() {
     let mut node = Node::new(Config::new(ID, ME, 1), &[ME], 1);
     node.settle();
     let refused = |node: &Node, peers: &[u64]| node.copyset.may_reset(peers).unwrap_err();
     assert_eq!(refused(&node, &[]), ResetRefused::Invalid);
     assert_eq!(refused(&node, &[ME, 0]), ResetRefused::Invalid);
-    assert_eq!(refused(&node, &[5; 17]), ResetRefused::Invalid);
+    assert_eq!(refused(&node, &[5]), ResetRefused::Invalid, "it would never campaign again");
+    assert_eq!(refused(&node, &[ME, 5]), ResetRefused::Invalid, "the other one's tail may say otherwise");
     assert_eq!(node.copyset.may_reset(&[ME, ME]), Ok(Started::Already));
     // A leader with a change under way; without leading it does not matter.
     node.copyset.change_peers(node.now, 9, &[ME, 8]).unwrap();
-    assert_eq!(refused(&node, &[8]), ResetRefused::Busy);
+    assert_eq!(refused(&node, &[ME]), ResetRefused::Busy);
     node.settle();
     assert_eq!(node.copyset.conf().learners, [8]);
     node.restart();
     node.settle();
     assert_eq!(node.copyset.may_reset(&[ME]), Ok(Started::Begun), "learners go");
-    force(&mut node, &[ME]);
-    assert_eq!(refused(&node, &[8]), ResetRefused::Busy, "one at a time");
+    force(&mut node);
+    assert_eq!(refused(&node, &[ME]), ResetRefused::Busy, "one at a time");
     node.settle();
     assert_eq!((node.copyset.conf().learners.len(), node.copyset.is_leader_ready()), (0, true));
     let passive = Node::new(Config::new(ID, ME, 2), &[], 2);
@@ -207,7 +195,7 @@ fn a_replica_whose_log_lost_records_is_trusted_again() {
             node.fetch_tail();
         }
         node.turn();
-        force(node, &[ME]);
+        force(node);
         node.config.suspect = false; // as the log says from now on
         net.await_leader(2000);
         let node = net.node(ME);
@@ -249,28 +237,4 @@ fn out_of_the_trash_it_goes_on_where_it_was() {
     node.check_epoch();
     node.restart();
     assert_eq!(retired(&node), (0, 0));
-}
-
-#[test]
-fn two_survivors_of_five_with_the_same_list_agree() {
-    for seed in 0..4 {
-        let mut net = Net::new(5, seed);
-        let leader = net.await_leader(3000);
-        load(&mut net, 40);
-        let left: Vec<u64> = (1..=5).filter(|&peer| peer != leader).take(2).collect();
-        for gone in (1..=5).filter(|peer| !left.contains(peer)) {
-            net.nodes.remove(&gone);
-            net.down.insert(gone);
-        }
-        let held = left.iter().map(|peer| net.nodes[peer].copyset.commit_index()).max().unwrap();
-        for &peer in &left {
-            net.run(20 * MS); // neither at the same moment nor in the same state
-            force(net.node(peer), &left);
-        }
-        net.converge(5000);
-        let conf = net.node(left[0]).copyset.conf().clone();
-        assert_eq!(conf.voters, left);
-        assert!(net.node(left[1]).copyset.applied_index() > held);
-        net.assert_clean();
-    }
 }

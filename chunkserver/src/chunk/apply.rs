@@ -163,6 +163,7 @@ impl Store {
             chunk,
             created_index: index,
             applied_index: index,
+            whole_at: 0,
             sn: 0,
             corrected_sn: 0,
             snapshot: None,

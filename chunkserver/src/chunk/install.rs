@@ -3,7 +3,8 @@
 //! Two replicas whose chunk has the same creation index and the same index of its last change hold the same bytes: both
 //! got there by the same committed entries. That is the only reason to skip a chunk. So a chunk that is being taken in
 //! says index 0 until it is complete, and replaying an older entry over a newer chunk takes its index back; after a crash
-//! at any point an incomplete chunk is never mistaken for a complete one.
+//! at any point an incomplete chunk is never mistaken for a complete one. What the log must pass before it is whole
+//! (`whole_at` in its metapage) outlasts both, for there may be nobody left to ask for it again.
 
 use super::store::Store;
 use bytes::Bytes;
@@ -55,7 +56,8 @@ impl Store {
 
     /// Begin to take a chunk in: what is here of another life of it goes, of the same life it is overwritten. False: there
     /// is no slot.
-    pub fn install_begin(&mut self, copyset: CopysetId, chunk: u64, created: u64) -> bool {
+    pub fn install_begin(&mut self, copyset: CopysetId, info: &ChunkInfo) -> bool {
+        let (chunk, created) = (info.chunk, info.created);
         let here = self.find(copyset, chunk).map(|(slot, found)| (slot, found.meta.created_index == created));
         if let Some((slot, false)) = here {
             self.bury(slot, None);
@@ -71,7 +73,16 @@ impl Store {
             found.meta.applied_index = if found.suspect { super::mend::DOUBT } else { 0 };
         }
         self.dirty.insert(slot);
+        self.install_seen(copyset, info);
         true
+    }
+
+    /// A piece comes of a chunk that was begun, and this is what the chunk was when it was sent.
+    pub fn install_seen(&mut self, copyset: CopysetId, info: &ChunkInfo) {
+        let slot = self.find(copyset, info.chunk).map(|(slot, _)| slot);
+        if let Some(found) = slot.and_then(|slot| self.chunks.get_mut(&slot)) {
+            found.meta.whole_at = found.meta.whole_at.max(info.applied);
+        }
     }
 
     /// Blocks of a chunk that was begun. `index`: anything that rises from one installation to the next.
@@ -110,6 +121,9 @@ impl Store {
         let Some(slot) = self.find(copyset, info.chunk).map(|(slot, _)| slot) else { return };
         let Some(found) = self.chunks.get_mut(&slot) else { return };
         (found.meta.applied_index, found.suspect) = (info.applied, false);
+        if found.meta.whole_at <= info.applied {
+            found.meta.whole_at = 0;
+        }
         (found.meta.sn, found.meta.corrected_sn) = (info.sn, info.corrected_sn);
         self.doubts.remove(&(copyset, info.chunk));
         self.dirty.insert(slot);

@@ -17,10 +17,11 @@ const BITMAP: usize = 512;
 const WRITTEN_AT: usize = 112;
 const PRESENT_AT: usize = WRITTEN_AT + BITMAP;
 const LOCATION_AT: usize = PRESENT_AT + BITMAP;
+const WHOLE_AT: usize = BLOCK - 8;
 
 /// Bytes of a clone location that fit here. Curve allows 3000: the rest will go into the 64 reserved bytes of the
 /// slot's first CRC page, which the format keeps free for it.
-pub const LOCATION_INLINE_MAX: usize = BLOCK - LOCATION_AT;
+pub const LOCATION_INLINE_MAX: usize = WHOLE_AT - LOCATION_AT;
 
 /// A chunk whose blocks come from elsewhere until they are written.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -53,6 +54,8 @@ pub struct ChunkMeta {
     pub created_index: u64,
     /// Log index of the last change.
     pub applied_index: u64,
+    /// Some of it is as of this index: before the log has passed it the chunk is a mixture of two states. 0: it is none.
+    pub whole_at: u64,
     /// Version of the last write.
     pub sn: u64,
     /// Version up to which chunk snapshots are known to be finished.
@@ -185,6 +188,7 @@ fn encode_chunk(chunk: &ChunkMeta, out: &mut [u8]) {
     }
     put(out, 104, &chunk.fence.to_le_bytes());
     chunk.written.encode(&mut out[WRITTEN_AT..PRESENT_AT]);
+    put(out, WHOLE_AT, &chunk.whole_at.to_le_bytes());
     if let Some(clone) = &chunk.clone {
         assert!(!clone.location.is_empty() && clone.location.len() <= LOCATION_INLINE_MAX);
         put(out, 92, &(clone.location.len() as u16).to_le_bytes());
@@ -239,6 +243,7 @@ pub(super) fn claim(layout: &Layout, slot: u32, page: &Page) -> Claim {
             chunk: u64_at(page, 48),
             created_index: u64_at(page, 56),
             applied_index: last_index,
+            whole_at: 0,
             sn: 0,
             corrected_sn: 0,
             snapshot: None,
@@ -261,7 +266,7 @@ fn decode_chunk(layout: &Layout, page: &Page) -> Result<ChunkMeta, MetaError> {
     let clone = match usize::from(u16_at(page, 92)) {
         0 => None,
         len => Some(CloneMeta {
-            location: page[LOCATION_AT..].get(..len).ok_or(MetaError::Invalid("location length"))?.to_vec(),
+            location: page[LOCATION_AT..WHOLE_AT].get(..len).ok_or(MetaError::Invalid("location length"))?.to_vec(),
             present: Bitmap::decode(bits, &page[PRESENT_AT..LOCATION_AT]).ok_or(MetaError::Invalid("clone bitmap"))?,
         }),
     };
@@ -271,6 +276,7 @@ fn decode_chunk(layout: &Layout, page: &Page) -> Result<ChunkMeta, MetaError> {
         chunk: u64_at(page, 48),
         created_index: u64_at(page, 56),
         applied_index: u64_at(page, 64),
+        whole_at: u64_at(page, WHOLE_AT),
         sn: u64_at(page, 72),
         corrected_sn: u64_at(page, 80),
         snapshot,

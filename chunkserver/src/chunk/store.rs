@@ -111,7 +111,8 @@ pub struct Store {
     pub(super) graves: Vec<Grave>,
     /// Those that wait for the next round.
     pub(super) open_graves: usize,
-    /// Chunks whose deletion up to this index is on the disk already (while replaying), or is known from another replica.
+    /// Chunks whose deletion up to this index was on the disk at start, or is known from another replica; until a
+    /// checkpoint covers it.
     pub(super) gone: FxHashMap<(CopysetId, u64), u64>,
     pub(super) round: Option<Round>,
     pub(super) counters: Counters,
@@ -179,7 +180,6 @@ impl Store {
     /// are handed out to [`Store::admit`].
     pub fn replay_done(&mut self) {
         self.slots.replay_done();
-        self.gone = FxHashMap::default();
     }
 
     /// Decide the outcome of `op` before it is proposed. `Ok` for operations that are not proposed means that their
@@ -227,6 +227,7 @@ impl Store {
                 grave.waits = false;
             }
         }
+        self.gone.retain(|key, deleted| key.0 != copyset || *deleted > index);
         self.release_graves();
     }
 
@@ -364,8 +365,10 @@ impl Chunk {
     }
 
     pub(super) fn touch(&mut self, index: u64) {
-        // Replay takes it back to where it begins: until it has passed again what the metapage had seen, the chunk is not
-        // what it was then.
+        // Replay takes it back to where it begins, and so does an older entry on top of what another replica sent: until
+        // the log has passed what had been seen here, the chunk is a mixture.
+        let seen = self.meta.whole_at.max(self.meta.applied_index);
+        self.meta.whole_at = if index < seen { seen } else { 0 };
         self.meta.applied_index = index;
     }
 

@@ -10,6 +10,7 @@
 
 use super::apply::GraveStage;
 use super::crcpage;
+use super::mend::DOUBT;
 use super::meta::{self, Content};
 use super::overlay::PinRef;
 use super::pool::SlotHistory;
@@ -187,8 +188,13 @@ impl Store {
             chunk.page += 1;
             let offset = self.layout.metapage_offset(slot, chunk.page);
             round.pages.push(PageRef { offset, slot, page_generation: chunk.page, kind: PageKind::Meta });
+            // What is being taken in, or in doubt, has no index; what entries did to it is applied.
+            let index = match meta.applied_index {
+                0 | DOUBT => round.applied.iter().find(|of| of.0 == meta.copyset).map_or(0, |of| of.2),
+                index => index,
+            };
             let highest = commits.entry(meta.copyset).or_default();
-            *highest = meta.applied_index.max(*highest);
+            *highest = index.max(*highest);
             round.images.insert(slot, Image { generation: chunk.generation, content: Content::Chunk(meta) });
         }
     }

@@ -248,14 +248,14 @@ fn change_at(leader: PeerId, id: CopysetId, change: &Change) -> Result<Value, Re
     Ok(json!({ "old": names(&old), "new": names(&new) }))
 }
 
-/// Force these members on one node's replica of a copyset, whoever leads.
+/// Force one node's replica of a copyset to be its only member, whoever leads.
 ///
 /// # Errors
 /// [`RemoteError`].
-pub fn reset(at: SocketAddr, id: CopysetId, peers: &[PeerId]) -> Result<Value, RemoteError> {
+pub fn reset(at: SocketAddr, id: CopysetId, peer: PeerId) -> Result<Value, RemoteError> {
     let (logic_pool_id, copyset_id) = (id.pool(), id.copyset());
     let request_peer = Peer { id: None, address: Some(format!("{at}:0")) };
-    let new_peers: Vec<Peer> = peers.iter().map(|peer| named(*peer)).collect();
+    let new_peers = vec![named(peer)];
     let members = json!(names(&new_peers));
     let ask = wire::ResetPeerRequest2 { logic_pool_id, copyset_id, request_peer, old_peers: Vec::new(), new_peers };
     let _: wire::ResetPeerResponse2 = call(at, WORK, CLI, "ResetPeer", &ask)?;

@@ -2,8 +2,8 @@
 //!
 //! Errors are RPC errors, as braft's: ENOENT for a copyset or a replica that is not here, EINVAL for a peer that does
 //! not parse, EPERM from a replica that does not lead, EBUSY while another change runs, ECATCHUP when a new member did
-//! not catch up, EAGAIN for GetLeader without a leader. ResetPeer forces voters
-//! on the replica it is sent to, whoever leads: EPERM from one that is out of service.
+//! not catch up, EAGAIN for GetLeader without a leader. ResetPeer makes the replica it is sent to the only voter, whoever
+//! leads: EPERM from one that is out of service, EINVAL for any other list.
 
 use super::table::Cli as Method;
 use super::{Context, Handled, Pending, Step, Ticket, with};
@@ -167,6 +167,9 @@ fn failure(copyset: CopysetId, want: Want, reply: &Reply) -> Option<(i32, String
         Outcome::Success => return None,
         Outcome::NotLeader | Outcome::CrcFail if matches!(want, Want::Reset) => {
             (errno::EPERM, "The node is not in an active state".into())
+        }
+        Outcome::Invalid if matches!(want, Want::Reset) => {
+            (errno::EINVAL, "Only the replica itself can be forced as a member: reset one, add the others anew".into())
         }
         Outcome::NoCopyset => (errno::ENOENT, format!("No nodes in group {}", copyset.0)),
         Outcome::NotLeader => (errno::EPERM, "Not a leader".into()),

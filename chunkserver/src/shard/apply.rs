@@ -142,9 +142,9 @@ impl Shard {
 
     /// The payload of the committed entry at the head of the queue is lost. Other replicas have what it did: its chunk is
     /// taken from one of them. With one replica there is nobody to repair from: the copyset answers CRC_FAIL, the others go
-    /// on (rule 21).
+    /// on (rule 21); unless somebody has just said that what is left of it is what counts.
     fn unreadable(&mut self, id: CopysetId, index: u64) {
-        let may_doubt = self.has_peers(id) || self.is_retired(id);
+        let may_doubt = self.has_peers(id) || self.is_retired(id) || self.renewals.has(id);
         let Some(group) = self.groups.get_mut(&id) else { return };
         let header = group.queue.front().and_then(|head| Header::decode(head.header()?).ok());
         if let Some(header) = header.filter(|h| may_doubt || self.store.is_over(id, h.chunk, index))

@@ -108,7 +108,11 @@ impl Shard {
         let idle = Instant(self.store.changed_ns()).after_ns(self.config.flush_age_ns / IDLE_PART);
         let Some(oldest) = self.store.oldest_dirty_ns() else {
             // What a purged copyset held may be all that there is to write, and another shard may need its slots.
-            self.flush.next = if self.store.has_open_graves() { idle } else { Instant::FAR };
+            self.flush.next = match self.store.has_open_graves() {
+                true => idle,
+                false if self.lost.iter().any(|&id| self.shows_loss(id)) => self.flush.next.min(self.now.after_ms(100)),
+                false => Instant::FAR,
+            };
             return self.flush.next <= self.now;
         };
         if dirty * 2 >= self.config.dirty_limit || std::mem::take(&mut self.flush.urgent) {
@@ -193,6 +197,7 @@ impl Shard {
                 written.push((self.log.borrow_mut().checkpoint(id, checkpoint), id, index));
             }
         }
+        self.relog_lossy(&mut written);
         self.release_oldest(&mut written);
         let any = !written.is_empty();
         if !any {
@@ -207,6 +212,30 @@ impl Shard {
         self.flush.next = self.now.after_ms(100);
         self.flush.slots_wanted = false;
         any
+    }
+
+    /// Its log lost records; it has caught up since, but whoever starts from this log would find it suspect again.
+    fn shows_loss(&self, id: CopysetId) -> bool {
+        let over = |group: &Group| !group.damaged && group.raft.is_lossy() && !group.raft.is_suspect();
+        self.groups.get(&id).is_some_and(over)
+    }
+
+    /// Log again what is there of such copysets, in one stroke: then what was lost before does not matter any more. (Nobody
+    /// could clear a sole voter.)
+    fn relog_lossy(&mut self, written: &mut Checkpoints) {
+        let mut log = self.log.borrow_mut();
+        for id in std::mem::take(&mut self.lost) {
+            let fits = self.shows_loss(id) && log.index(id).is_some_and(|i| i.not_resident().is_empty());
+            if fits
+                && relog_cost(&log, id) <= log.space_for_entries()
+                && let Some(group) = self.groups.get_mut(&id)
+            {
+                written.push((log.relog(id), id, 0));
+                group.raft.relogged();
+            } else {
+                self.lost.push(id);
+            }
+        }
     }
 
     /// Rule 8: copysets that say nothing new must not pin the oldest segment when space is short.
@@ -251,7 +280,8 @@ impl Shard {
     /// kept for replicas that lag: to send them is cheaper than to send chunks.
     fn checkpoint_index(&self, id: CopysetId, done: u64) -> u64 {
         let several = self.groups.get(&id).is_some_and(|group| group.raft.needs_ticks());
-        if !several || self.members.wants_checkpoint(id) || self.renewals.wants_checkpoint(id) || self.is_short() {
+        let wanted = self.members.wants_checkpoint(id) || self.renewals.wants_checkpoint(id);
+        if !several || wanted || self.is_short() || self.lost.contains(&id) && self.shows_loss(id) {
             return done;
         }
         0
@@ -272,8 +302,16 @@ impl Shard {
         let bytes = (index.first_index()..=index.last_index()).filter_map(|n| index.payload_len(n)).sum::<usize>();
         let stuck = |group: &Group| {
             let applied = group.raft.commit_index() == group.applied && index.first_index() == group.applied + 1;
-            applied && (bytes + BLOCK) as u64 + entries * RELOG_ENTRY_BYTES <= log.space_for_entries()
+            applied && relog_cost(log, id) <= log.space_for_entries()
         };
         entries <= RELOG_ENTRIES_MAX && bytes <= RELOG_BYTES_MAX || self.groups.get(&id).is_some_and(stuck)
     }
+}
+
+/// What a copyset's tail takes in the log, about.
+fn relog_cost(log: &Log, id: CopysetId) -> u64 {
+    let Some(index) = log.index(id) else { return 0 };
+    let entries = index.last_index() + 1 - index.first_index();
+    let bytes = (index.first_index()..=index.last_index()).filter_map(|n| index.payload_len(n)).sum::<usize>();
+    (bytes + BLOCK) as u64 + entries * RELOG_ENTRY_BYTES
 }

@@ -1,9 +1,10 @@
 //! The taking side of a raft snapshot (rule 20): the leader's log no longer has what this replica needs, so it asks for
 //! the chunks that differ, piece by piece, and starts again behind them.
 //!
-//! No mark on the disk is needed. What is taken in comes from committed entries, all of which are in any leader's log or
+//! No mark on the disk is needed for this. What is taken in comes from committed entries, all of which are in any leader's log or
 //! chunks; a chunk that is incomplete, or that replay of the own log has touched, says so by its index and is asked for
-//! again ([`crate::chunk::ChunkInfo`]). Until the end the own log says how far this replica is, and a replica that lacks
+//! again ([`crate::chunk::ChunkInfo`]). (Its metapage says more, for the case that there is nobody left to ask:
+//! `chunk/install.rs`, [`Store::ends_at`](crate::chunk::Store::ends_at).) Until the end the own log says how far this replica is, and a replica that lacks
 //! committed entries is elected by nobody. While chunks are taken in, nothing of the copyset is applied: an entry that
 //! can be applied after all ends the installation.
 
@@ -273,7 +274,7 @@ impl Shard {
             return self.store.install_drop(id, chunk, self.now.0);
         };
         match taking.info {
-            Some(first) if first.created == info.created => {}
+            Some(first) if first.created == info.created => self.store.install_seen(id, &info),
             Some(_) => {
                 forget(install, chunk); // another life of it: from the beginning
                 return install.todo.push_back(info);
@@ -285,7 +286,7 @@ impl Shard {
                     install.promised -= 1;
                     self.store.unpromise(1);
                 }
-                if !self.store.install_begin(id, chunk, info.created) {
+                if !self.store.install_begin(id, &info) {
                     tracing::error!(copyset = ?id, chunk, "no space for a chunk of a raft snapshot");
                     return self.stop_install(id);
                 }

@@ -43,7 +43,7 @@ impl Shard {
     pub(super) fn change_members(&mut self, id: CopysetId, op: MemberOp, origin: Origin, out: &mut Effects) {
         let now = self.now.0;
         if let MemberOp::Reset(peers) = op {
-            return self.reset_peer(id, peers, origin, out);
+            return self.reset_peer(id, &peers, origin, out);
         }
         let Some(group) = self.groups.get_mut(&id) else { return reply(out, origin, Outcome::NoCopyset) };
         if group.raft.retired() != 0 {

@@ -297,9 +297,10 @@ impl Shard {
                 let over = asked.is_empty();
                 (mend.due, mend.again) = (self.now.after_ms(PATIENCE_MS), 0);
                 let (to, version) = (mend.peer, mend.version);
-                if begins && !self.take_in_begin(id, chunk, info.created) {
+                if begins && !self.take_in_begin(id, &info) {
                     return self.end_mend(key, false, out);
                 }
+                self.store.install_seen(id, &info);
                 self.take_in(id, chunk, version, offset, crcs, payload);
                 if let Some((offset, len)) = next {
                     self.send_bulk(id, to, &Bulk::AskPiece { index: applied, chunk, offset, len }, Bytes::new(), out);
@@ -314,7 +315,8 @@ impl Shard {
     }
 
     /// Make place for a chunk that is taken in; what another life of it holds goes.
-    fn take_in_begin(&mut self, id: CopysetId, chunk: u64, created: u64) -> bool {
+    fn take_in_begin(&mut self, id: CopysetId, info: &ChunkInfo) -> bool {
+        let (chunk, created) = (info.chunk, info.created);
         // It is in doubt from now on, whatever it was: half a chunk must not look like one.
         let same_life = self.store.chunk_info(id, chunk).is_some_and(|here| here.created == created);
         if !same_life {
@@ -324,7 +326,7 @@ impl Shard {
             }
             self.store.unpromise(1);
         }
-        self.store.install_begin(id, chunk, created) && self.store.doubt(id, created, chunk, self.now.0)
+        self.store.install_begin(id, info) && self.store.doubt(id, created, chunk, self.now.0)
     }
 
     /// It is over, well or not: those who wait try again, or are told.

@@ -368,7 +368,7 @@ impl Shard {
         }
         self.write_log(out);
         self.catch_up_step(out);
-        self.install_step(out);
+        self.feed_step(out);
         self.mend_step(out);
         self.suspects_step(out);
         self.renew_step(out);
@@ -408,6 +408,7 @@ impl Shard {
                     .min(self.install_deadline())
                     .min(self.supply_deadline())
                     .min(self.mend_deadline())
+                    .min(self.renew_deadline())
                     .min(self.suspects_deadline())
                     .min(self.log_write_deadline())
                     .min(self.next_tick)

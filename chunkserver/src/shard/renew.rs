@@ -1,25 +1,33 @@
-//! Replicas that start anew from their own log because an operator wants them otherwise: out of the trash, or with voters
-//! that are forced on them (`copyset/src/group/renew.rs` has the rules).
+//! Replicas that start anew from their own log because an operator wants them otherwise: out of the trash, or as the only
+//! voter (`copyset/src/group/renew.rs` has the rules).
 //!
 //! The copyset is frozen, what it has handed out is applied, a write-back round takes that to the slots, a checkpoint
 //! says what is different, and with it durable the copyset goes on; then the answer. A crash before that leaves it as it
-//! was. Of a log that lost records the tail's payloads are read back first, since the tail is logged again.
+//! was. Of a log that lost records the tail's payloads are read back first, since the tail is logged again. Chunks that
+//! know of indexes beyond the log, for another replica sent them, are told where it ends, and that is written, before the
+//! log may go on with other entries under those indexes ([`crate::chunk::Store::ends_at`]).
 
 use super::request::{Origin, Outcome};
-use super::{Effects, Shard, reply};
+use super::{Effects, Group, Shard, reply};
+use crate::io::Instant;
 use copyset::{Renewal, ResetRefused, Started};
 use raftlog::CopysetId;
 use std::collections::BTreeMap;
 
 /// Payload bytes of a tail that are read back at once, unless one entry alone is longer.
 const TAIL_BYTES: usize = 4 << 20;
+/// A payload of the tail that cannot be read is asked for this often, this far apart: two seconds. Then it is lost.
+const TAIL_TRIES: u32 = 20;
+const TAIL_RETRY_MS: u64 = 100;
 
 #[derive(Debug)]
 enum Stage {
     /// Until what was handed out is applied, and on its slots.
     Settle,
-    /// Until its tail is in memory; the entry that was asked for last.
-    Tail(u64),
+    /// Until its tail is in memory; the entry that was asked for last, how often, and when it may be again.
+    Tail { asked: u64, tries: u32, due: Instant },
+    /// Until its chunks say where its log ends: the round that writes it, once it has begun, has this number.
+    Write(Option<u64>),
     /// The checkpoint is on its way to the log.
     Log,
 }
@@ -73,25 +81,25 @@ impl Shard {
         self.renew(id, Renewal::Restored, origin);
     }
 
-    /// Force these voters on a replica, and end whatever it has under way with others.
-    pub(super) fn reset_peer(&mut self, id: CopysetId, peers: Vec<u64>, origin: Origin, out: &mut Effects) {
+    /// Make a replica the only voter, and end whatever it has under way with others.
+    pub(super) fn reset_peer(&mut self, id: CopysetId, peers: &[u64], origin: Origin, out: &mut Effects) {
         let Some(group) = self.groups.get(&id) else {
             let broken = self.broken.contains(&id);
             return reply(out, origin, if broken { Outcome::CrcFail } else { Outcome::NoCopyset });
         };
-        let outcome = match group.raft.may_reset(&peers) {
+        let outcome = match group.raft.may_reset(peers) {
             _ if group.raft.retired() != 0 => Outcome::NoCopyset,
             Err(ResetRefused::Invalid) => Outcome::Invalid,
-            _ if group.damaged => Outcome::CrcFail,
+            _ if group.damaged && !waits_for_word(group, self.config.peer) => Outcome::CrcFail,
             Err(ResetRefused::Inactive) => Outcome::NotLeader,
             Err(ResetRefused::Busy) => Outcome::Busy,
             _ if self.admin_busy(id) => Outcome::Busy,
             Ok(Started::Already) => Outcome::Success,
             Ok(Started::Begun) => {
-                tracing::warn!(copyset = ?id, ?peers, "voters are forced on this replica");
-                self.doubt_half_taken(id);
+                tracing::warn!(copyset = ?id, "this replica is forced to be the only voter");
                 self.silence(id, Outcome::NotLeader, out);
-                return self.renew(id, Renewal::Reset(peers), origin);
+                self.groups.entry(id).and_modify(|group| group.damaged = false);
+                return self.renew(id, Renewal::Reset, origin);
             }
         };
         reply(out, origin, outcome);
@@ -100,17 +108,6 @@ impl Shard {
     /// Its creation, deletion or renewal is on its way to the log.
     pub(super) fn admin_busy(&self, id: CopysetId) -> bool {
         self.admin.iter().any(|pending| pending.copyset == id) || self.renewals.has(id)
-    }
-
-    /// Chunks that were being taken in are a mixture of two states. As long as the rest could be had that did no harm; now
-    /// they must not be read as if they were one of them.
-    fn doubt_half_taken(&mut self, id: CopysetId) {
-        let half: Vec<u64> =
-            self.store.list(id, 0, usize::MAX).into_iter().filter(|info| info.applied == 0).map(|i| i.chunk).collect();
-        for chunk in half {
-            tracing::error!(copyset = ?id, chunk, "a chunk that was only half taken in is in doubt");
-            self.store.doubt(id, 0, chunk, self.now.0);
-        }
     }
 
     fn renew(&mut self, id: CopysetId, how: Renewal, origin: Origin) {
@@ -144,45 +141,78 @@ impl Shard {
                 let known = self.log.borrow().index(id).map(|index| index.checkpoint().applied_index);
                 let settled = group.raft.is_settled() && known == Some(group.applied);
                 if settled {
-                    job.stage = Stage::Tail(0);
+                    let tail = Stage::Tail { asked: 0, tries: 0, due: self.now };
+                    job.stage = if job.how == Renewal::Reset { tail } else { Stage::Write(None) };
                 }
                 settled
             }
-            Stage::Tail(asked) => {
+            Stage::Tail { asked, tries, due } => {
                 if self.catch_up.fetches(id) {
                     return false;
                 }
-                let again = matches!(job.how, Renewal::Reset(_)) && group.raft.is_suspect();
+                let again = group.raft.is_lossy();
                 let absent = if again { absent(&self.log.borrow(), id, group.applied) } else { None };
                 // What was asked for in vain is lost, and what is behind it with it.
-                if let Some((low, high)) = absent.filter(|absent| absent.0 > asked) {
-                    job.stage = Stage::Tail(low);
-                    self.fetch_for_peers(id, low, high);
+                if let Some((low, high)) = absent.filter(|absent| absent.0 != asked || tries < TAIL_TRIES) {
+                    if low != asked || due <= self.now {
+                        let tries = if low == asked { tries + 1 } else { 1 };
+                        job.stage = Stage::Tail { asked: low, tries, due: self.now.after_ms(TAIL_RETRY_MS) };
+                        self.fetch_for_peers(id, low, high);
+                    }
                     return false;
                 }
-                job.stage = Stage::Log;
-                group.raft.renew(&job.how);
-                if !std::mem::replace(&mut group.unpersisted, true) {
-                    self.unpersisted.push(id);
+                job.stage = Stage::Write(None);
+                for chunk in self.store.ends_at(id, group.raft.tail_end(), self.now.0) {
+                    tracing::error!(copyset = ?id, chunk, "a chunk that was only half taken in is in doubt");
                 }
-                false
+                true
+            }
+            Stage::Write(round) => {
+                let rounds = self.store.counters().rounds;
+                match round {
+                    _ if self.store.round_active() => return false,
+                    None => job.stage = Stage::Write(Some(rounds)),
+                    Some(before) if rounds == before && self.store.oldest_dirty_ns().is_some() => {
+                        self.want_memory();
+                        return false;
+                    }
+                    Some(_) => {
+                        job.stage = Stage::Log;
+                        group.raft.renew(&job.how);
+                        if !std::mem::replace(&mut group.unpersisted, true) {
+                            self.unpersisted.push(id);
+                        }
+                    }
+                }
+                true
             }
             Stage::Log => false,
         }
     }
 
+    /// When a payload is asked for again.
+    pub(super) fn renew_deadline(&self) -> Instant {
+        let due = |(&id, job): (&CopysetId, &Job)| match job.stage {
+            Stage::Tail { due, .. } if !self.catch_up.fetches(id) => due,
+            _ => Instant::FAR,
+        };
+        self.renewals.0.iter().map(due).min().unwrap_or(Instant::FAR)
+    }
+
     /// The checkpoint is durable, and the copyset is another.
     pub(super) fn renewed(&mut self, id: CopysetId, index: u64, out: &mut Effects) {
         let Some(group) = self.groups.get_mut(&id) else { return };
-        assert!(group.queue.is_empty() && group.applied == index, "a copyset at rest is renewed");
+        // Its new life may have handed out what it knew to be committed and not durable before.
+        let rests = group.applied == index && group.queue.iter().all(|committed| committed.index > index);
+        assert!(rests, "a copyset at rest is renewed");
         group.follow.forget();
-        let (suspect, asks) = (group.raft.is_suspect(), group.raft.wants_word());
+        let (lossy, asks) = (group.raft.is_lossy(), group.raft.wants_word());
         self.tail_applied(id);
         self.store.checkpoint_durable(id, index);
         if asks {
             self.suspect(id); // in the trash it asked nobody
         }
-        if !suspect {
+        if !lossy {
             self.lost.retain(|&lost| lost != id);
         }
         self.next_tick = self.now;
@@ -192,6 +222,11 @@ impl Shard {
             reply(out, job.origin, Outcome::Success);
         }
     }
+}
+
+/// It is out of service only because its log lost records and there is nobody who could tell which.
+fn waits_for_word(group: &Group, me: u64) -> bool {
+    group.raft.wants_word() && group.raft.conf().voters.iter().all(|&voter| voter == me)
 }
 
 /// The first entries behind `applied` whose payloads are not in memory, as many as may be read back at once.

@@ -101,7 +101,8 @@ pub enum MemberOp {
     Set(Vec<u64>),
     /// Hand leadership over; 0 = to whoever is furthest. Answered when it has begun.
     Transfer(u64),
-    /// Force these voters on the replica that is asked, leader or not. Answered when that is durable.
+    /// Force the replica that is asked to be the only voter, leader or not; no other list is taken. Answered when that is
+    /// durable.
     Reset(Vec<u64>),
 }
 

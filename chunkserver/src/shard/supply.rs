@@ -54,6 +54,8 @@ struct Piece {
 pub(super) struct Supply {
     reading: Slab<Piece>,
     waiting: VecDeque<Ask>,
+    /// What is taken in here had its share of the limit: now it is their turn.
+    pub(super) first: bool,
 }
 
 impl Shard {
@@ -109,10 +111,20 @@ impl Shard {
         }
         let at = self.groups.get(&copyset).map_or(0, |group| group.applied);
         let info = self.store.chunk_info(copyset, chunk);
-        let doubtful = self.store.is_doubtful(copyset, chunk);
+        let doubtful = self.store.is_doubtful(copyset, chunk) || self.store.is_mixed(copyset, chunk, at);
         let piece = Piece { copyset, to, chunk, offset, len, at, info, doubtful, limited };
         let slot = self.supply.reading.insert(piece) as u32;
         self.read(Origin { shard: PEERS, slot, serial: 0 }, copyset, chunk, offset, len, out);
+    }
+
+    /// Move what is taken in on. The limit is for both: who gives and who takes come first in turn.
+    pub(super) fn feed_step(&mut self, out: &mut Effects) {
+        if self.supply.first {
+            self.supply_waiting(out);
+        }
+        let taken = self.throttle.turns();
+        self.install_step(out);
+        self.supply.first |= self.throttle.turns() != taken;
     }
 
     /// Pieces that waited for the limit. Their peers are being fed, if slowly: what they were offered stands.
@@ -121,6 +133,7 @@ impl Shard {
             && self.supply.reading.len() < PIECES_MAX
             && let Some(ask) = self.supply.waiting.pop_front()
         {
+            self.supply.first = false;
             self.begin_piece(ask, true, out);
         }
         let fed: Vec<(CopysetId, u64)> = self.supply.waiting.iter().map(|ask| (ask.copyset, ask.to)).collect();

@@ -143,11 +143,12 @@ impl Node {
 
     /// A leader does as it is told; a transfer is always in its way.
     fn members(&mut self, copyset: CopysetId, op: MemberOp) -> (Outcome, ReplyData) {
+        let own = self.ctx.info().peer.0;
         let Some(status) = self.copysets.get_mut(&copyset) else { return (Outcome::NoCopyset, ReplyData::None) };
         if let MemberOp::Reset(peers) = op {
             let outcome = match status.state {
-                _ if peers.is_empty() => Outcome::Invalid,
-                1 if peers.len() > 1 => Outcome::Busy, // a change is always under way
+                _ if peers != [own] => Outcome::Invalid,
+                2 => Outcome::Busy, // a change is under way
                 5 => Outcome::CrcFail,
                 6 => Outcome::NotLeader,
                 _ => Outcome::Success,

@@ -204,19 +204,20 @@ fn members_are_changed_as_curve_s_tools_do() {
     assert_eq!(call(&mut node, &ask("AddPeer", &elsewhere)).error_code, 2);
     let nonsense = Message::default().bytes(3, b"nonsense").0;
     assert_eq!(call(&mut node, &ask("AddPeer", &leader(701).bytes(4, &nonsense))).error_code, 22);
-    // Forced on the replica that is asked: the old members do not matter, the new ones must be there.
+    // Forced on the replica that is asked: the old members do not matter, the new one must be that replica.
     let mut reset = |at: &Message| call(&mut node, &ask("ResetPeer", at)).error_code;
     let stray = leader(701).bytes(4, &nonsense).bytes(5, &peer(8402));
     let elsewhere = group(701).bytes(3, &peer(8499)).bytes(5, &peer(8402));
-    let codes =
-        [&leader(701).bytes(5, &peer(8402)), &stray, &leader(701), &leader(701).bytes(5, &nonsense), &elsewhere];
-    assert_eq!(codes.map(&mut reset), [0, 0, 22, 22, 2]);
+    let two = leader(701).bytes(5, &peer(8402)).bytes(5, &peer(8403));
+    let alone = leader(701).bytes(5, &peer(8402));
+    let codes = [&alone, &stray, &leader(701), &leader(701).bytes(5, &nonsense), &elsewhere, &two];
+    assert_eq!(codes.map(&mut reset), [0, 0, 22, 22, 2, 22]);
+    assert!(call(&mut node, &ask("ResetPeer", &two)).error_text.contains("the replica itself"));
     // Busy while it leads and a change is under way; out of service or without members it is not active; else it does
     // not matter who leads.
-    let two = leader(701).bytes(5, &peer(8402)).bytes(5, &peer(8403));
-    for (state, code) in [(1, 16), (4, 0), (5, 1), (6, 1)] {
+    for (state, code) in [(2, 16), (4, 0), (5, 1), (6, 1)] {
         node.copysets.get_mut(&CopysetId::new(1, 701)).unwrap().state = state;
-        assert_eq!(call(&mut node, &ask("ResetPeer", &two)).error_code, code, "state {state}");
+        assert_eq!(call(&mut node, &ask("ResetPeer", &alone)).error_code, code, "state {state}");
     }
     node.copysets.get_mut(&CopysetId::new(1, 701)).unwrap().state = 1;
     assert_eq!(call(&mut node, &ask("Snapshot", &group(701))).error_code, 0);

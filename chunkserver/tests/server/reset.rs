@@ -38,6 +38,7 @@ fn the_last_of_three_servers_goes_on_alone() {
     let reset = |copyset: &str, to: &str| run(&["reset-peer", copyset, to, "--node", &at]);
     assert!(reset("1:9", &peer).unwrap_err().contains("error 2"), "no such copyset");
     assert!(reset("1:1", "0.0.0.0:0").unwrap_err().contains("error 22"), "nobody");
+    assert!(reset("1:1", &nodes.labs[leader].peer()).unwrap_err().contains("error 22"), "another one");
     run(&["create", "--first", "7", "--empty-on", &peer]).unwrap();
     assert!(reset("1:7", &peer).unwrap_err().contains("error 1)"), "nothing there could count");
     wait_for("nobody to lead", || nodes.status(last, 1).is_some_and(|seen| seen["state"] != "leader"));

@@ -1,5 +1,5 @@
 //! A group that starts anew from its own log, because an operator wants it otherwise than its log says: out of the trash,
-//! or with voters that are forced on it.
+//! or as the only voter.
 //!
 //! Three steps. [`Copyset::freeze`]: it steps down and does nothing any more but have its committed entries applied.
 //! [`Copyset::renew`]: a checkpoint at the applied index says what is different. When that is durable the raft node is
@@ -7,13 +7,16 @@
 //! that leaves the group as it was, one after it as it is wanted; and nothing of the former life, no lease and no
 //! promise but the ones that a restart keeps, survives.
 //!
-//! Forced voters (Curve's ResetPeer) come with a term of their own and one epoch more. The log's tail stays: what this
-//! replica acknowledged may have been committed by a leader that is gone. Membership changes in that tail are void
+//! To be the only voter (Curve's ResetPeer) comes with a term of its own and one epoch more. The log's tail stays: what
+//! this replica acknowledged may have been committed by a leader that is gone. Membership changes in that tail are void
 //! ([`ConfState::void`]), or they would undo what was forced as soon as they are committed. Suspicion ends (rule 21):
 //! the operator's word is that this replica's state is what counts.
+//!
+//! Several voters cannot be forced: each replica would have a configuration of its own, as its tail says what is void,
+//! and tails differ.
 
 use super::snapshot::Installing;
-use super::{Copyset, InProgress, MEMBERS_MAX, Role, Started};
+use super::{Copyset, InProgress, Role, Started};
 use crate::conf::ConfState;
 use crate::effect::Effect;
 use crate::restore::NUMBER_MAX;
@@ -25,15 +28,15 @@ use raftlog::{EntryKind, HardState, Seq};
 pub enum Renewal {
     /// It is retired no more.
     Restored,
-    /// These are its voters, whoever they were. Others do not learn of it.
-    Reset(Vec<u64>),
+    /// It is the only voter, whoever they were. Others do not learn of it.
+    Reset,
 }
 
-/// Why voters are not forced on a replica. Nothing has happened.
+/// Why a replica is not made the only voter. Nothing has happened.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum ResetRefused {
-    /// No voters, too many, or nobody (0).
-    #[error("not a possible set of voters")]
+    /// Others are wanted too, or nobody is.
+    #[error("only the replica itself can be forced as a voter")]
     Invalid,
     /// It has no configuration yet: nothing here could count.
     #[error("the replica is not in service")]
@@ -44,9 +47,10 @@ pub enum ResetRefused {
 }
 
 impl Copyset {
-    /// Whether `peers` can be forced as voters; [`Started::Already`] if they are just that.
+    /// Whether `peers`, which must be this replica alone, can be forced as voters; [`Started::Already`] if that is so and
+    /// the log says it whatever it lost before.
     pub fn may_reset(&self, peers: &[u64]) -> Result<Started, ResetRefused> {
-        if peers.is_empty() || peers.len() > MEMBERS_MAX / 2 || peers.contains(&0) {
+        if peers.is_empty() || peers.iter().any(|&peer| peer != self.config.peer) {
             return Err(ResetRefused::Invalid);
         }
         if self.role() == Role::Passive || self.raw.raft.term >= NUMBER_MAX {
@@ -56,9 +60,9 @@ impl Copyset {
         if self.inert() || self.role() == Role::Leader && changing {
             return Err(ResetRefused::Busy);
         }
-        let (wanted, conf) = (ConfState::of(peers), self.conf());
-        let same = wanted.voters == conf.voters && !conf.joint() && conf.learners.is_empty();
-        Ok(if same { Started::Already } else { Started::Begun })
+        let conf = self.conf();
+        let same = conf.voters == [self.config.peer] && !conf.joint() && conf.learners.is_empty();
+        Ok(if same && !self.lossy { Started::Already } else { Started::Begun })
     }
 
     /// From now on this replica leads, votes and follows no more, and nothing more is handed out for apply. Only
@@ -87,21 +91,25 @@ impl Copyset {
         assert!(self.frozen && self.is_settled() && self.installing.is_none(), "a group at rest is renewed");
         let mut checkpoint = self.checkpoint_at(self.applied);
         let before = ConfState { retired: 0, ..self.own(self.history.at(self.applied).clone()) };
-        let Renewal::Reset(peers) = how else {
+        if *how == Renewal::Restored {
             checkpoint.conf = before.encode();
             let seq = self.log.borrow_mut().checkpoint(self.config.id, checkpoint);
             self.installing = Some(Installing::renewal(seq, self.suspicion));
             return seq;
-        };
+        }
         let (last, void) = self.tail();
-        checkpoint.conf = ConfState { epoch: before.epoch + 1, void, ..ConfState::of(peers) }.encode();
+        let alone = ConfState::of(&[self.config.peer]);
+        checkpoint.conf = ConfState { epoch: before.epoch + 1, void, ..alone }.encode();
         checkpoint.hard_state =
             HardState { term: self.raw.raft.term + 1, vote: 0, commit: checkpoint.hard_state.commit.min(last) };
-        let seq = match self.suspicion {
-            Suspicion::Clear => self.log.borrow_mut().checkpoint(self.config.id, checkpoint),
+        let mut log = self.log.borrow_mut();
+        let seq = match self.lossy {
+            false => log.checkpoint(self.config.id, checkpoint),
             // What was lost before this does not matter any more, also to the next restart.
-            _ => self.log.borrow_mut().renew(self.config.id, checkpoint, last),
+            true => log.renew(self.config.id, checkpoint, last),
         };
+        drop(log);
+        self.lossy = false;
         self.installing = Some(Installing::renewal(seq, Suspicion::Clear));
         seq
     }
@@ -111,12 +119,30 @@ impl Copyset {
     fn tail(&self) -> (u64, u64) {
         let log = self.log.borrow();
         let Some(index) = log.index(self.config.id) else { return (self.applied, 0) };
-        let lacks = |at: &u64| *at > self.applied && self.suspicion.holds();
+        let lacks = |at: &u64| *at > self.applied && self.lossy;
         let lost = index.not_resident().into_iter().map(|(at, _)| at).find(lacks);
         let last = lost.map_or(index.last_index(), |at| at - 1);
         let tail = index.entries(self.applied + 1, last + 1, usize::MAX);
         let void = tail.iter().rev().find(|entry| entry.kind == EntryKind::ConfChange);
         (last, void.map_or(0, |entry| entry.index))
+    }
+
+    /// The last entry that [`Self::renew`] with [`Renewal::Reset`] would keep, as things are.
+    #[must_use]
+    pub fn tail_end(&self) -> u64 {
+        self.tail().0
+    }
+
+    /// The log has lost records of this group and still shows it, so that each restart would find it suspect, though it be
+    /// so no longer: its tail is to be logged again, by [`Self::renew`] or [`Self::relogged`].
+    #[must_use]
+    pub fn is_lossy(&self) -> bool {
+        self.lossy
+    }
+
+    /// Its checkpoint and its tail were logged again in one stroke, and what was lost before that matters no more.
+    pub fn relogged(&mut self) {
+        self.lossy &= self.suspicion.holds();
     }
 
     /// The checkpoint of [`Self::renew`] is durable.

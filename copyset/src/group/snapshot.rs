@@ -170,6 +170,7 @@ impl Copyset {
         let own = std::mem::replace(&mut self.outbox, before.outbox);
         self.outbox.extend(own);
         (self.rng, self.announced, self.held_back) = (before.rng, before.announced, before.held_back);
+        self.lossy = before.lossy;
         self.draw_timeout();
     }
 

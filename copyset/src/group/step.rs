@@ -180,7 +180,8 @@ impl Copyset {
     }
 
     /// Has the log say whether this replica is suspect. What shows that records are lost goes with the segments they were
-    /// in; and replicas that restart together must not all be suspect because each of them once was.
+    /// in, and the replica must not forget it with them. That it is suspect no more counts at the next restart only when
+    /// its log shows the loss no more: see [`Self::is_lossy`].
     pub(super) fn log_suspicion(&mut self) {
         let checkpoint = self.checkpoint_at(self.raw.store().checkpoint_index());
         self.log.borrow_mut().checkpoint(self.config.id, checkpoint);

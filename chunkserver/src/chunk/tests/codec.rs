@@ -38,6 +38,7 @@ fn full_chunk(layout: &Layout) -> ChunkMeta {
         chunk: 0x2222,
         created_index: 0x3333,
         applied_index: 0x4444,
+        whole_at: 0,
         sn: 0x5555,
         corrected_sn: 0x6666,
         snapshot: Some(ChunkSnapshot { slot: 1, sn: 0x7777 }),
@@ -158,6 +159,7 @@ fn metapages_round_trip() {
     let l = Layout::new(&Params { flags: FLAG_SPARSE, ..params() }).unwrap();
     let mut longest = full_chunk(&l);
     longest.clone.as_mut().unwrap().location = vec![b'x'; LOCATION_INLINE_MAX];
+    longest.whole_at = 0x4445_4647_4849_4a4b;
     let tomb = Tombstone { copyset: CopysetId(9), incarnation: 8, chunk: 7, created_index: 6, deleted_index: 5 };
     for content in [Content::Chunk(full_chunk(&l)), Content::Chunk(longest), Content::Tombstone(tomb)] {
         let bytes = encode(&l, 2, &content);

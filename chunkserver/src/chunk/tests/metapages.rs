@@ -103,6 +103,88 @@ fn no_rotten_metapage_makes_a_chunk_vanish() {
 }
 
 #[test]
+fn doubt_waits_for_no_commit_that_never_comes() {
+    let (layout, mut disk) = (small(4), Disk::default());
+    let mut store = start(&layout, &disk, 0);
+    apply_write(&mut store, 1, 1, 0, 1, 1);
+    round(&mut store, &mut disk, &[(C, 1)]);
+    apply_write(&mut store, 2, 1, K, 2, 1);
+    assert!(store.doubt(C, 0, 1, 1));
+    assert_eq!(store.begin_round(&[(C, 3)]).unwrap().commits, [(C, 3)], "what was applied to it, and no more");
+}
+
+#[test]
+fn where_a_log_ends_counts_after_a_restart() {
+    let (layout, mut disk) = (small(8), Disk::default());
+    let mut store = start(&layout, &disk, 0);
+    for chunk in 1..=4 {
+        apply_write(&mut store, chunk, chunk, 0, chunk, 1);
+    }
+    // From a replica that is at 500: a newer life of 1, more of 2, the half of 3; 4 is gone there; 5 is new.
+    for (chunk, created, whole) in [(1, 400, true), (2, 2, true), (3, 3, false), (5, 450, true)] {
+        let info = ChunkInfo { chunk, created, applied: 490, sn: 1, corrected_sn: 0 };
+        assert!(store.install_begin(C, &info));
+        let (data, crcs) = payload(100 + chunk, 1);
+        store.install_data(C, chunk, 500, 0, (data, &crcs[..]), 1);
+        if whole {
+            store.install_end(C, &info, 1);
+        }
+    }
+    assert!(store.doubt(C, 0, 4, 1));
+    store.doubt_gone(C, 500, 4, 1);
+    round(&mut store, &mut disk, &[(C, 4)]);
+    assert_eq!(store.ends_at(C, 6, 1), [3]);
+    round(&mut store, &mut disk, &[(C, 4)]);
+    for restarts in 0..2 {
+        if restarts > 0 {
+            store = start(&layout, &disk, 4);
+        }
+        // The tail is older than what was sent; what follows is not.
+        for (index, stamp) in [(5, 5), (6, 6), (8, 8)] {
+            for chunk in [1, 2, 4, 5] {
+                let at = if index == 8 { K } else { 0 };
+                apply_write(&mut store, index, chunk, at, stamp, 1);
+            }
+        }
+        for chunk in [1, 2, 5] {
+            let data = read(&store, &disk, C, chunk, 0, CHUNK).unwrap();
+            assert_eq!((byte(&data, 0), byte(&data, 1)), (100 + chunk as u8, 8), "chunk {chunk}");
+        }
+        let data = read(&store, &disk, C, 4, 0, CHUNK).unwrap();
+        assert_eq!((byte(&data, 0), byte(&data, 1)), (0, 8));
+        assert_eq!(read(&store, &disk, C, 3, 0, K), Err(Outcome::CrcFail));
+    }
+    store.apply(C, 9, 3, ApplyOp::Delete, 1).unwrap();
+    store.apply(C, 9, 5, ApplyOp::Delete, 1).unwrap();
+    round(&mut store, &mut disk, &[(C, 9)]);
+    assert_eq!([3, 5].map(|chunk| read(&store, &disk, C, chunk, 0, K)), [Err(Outcome::NoChunk), Err(Outcome::NoChunk)]);
+}
+
+#[test]
+fn older_entries_on_a_newer_chunk_are_known_until_the_log_has_passed_it() {
+    let (layout, mut disk) = (small(4), Disk::default());
+    for (last, doubt) in [(8, vec![1]), (20, vec![])] {
+        let mut store = start(&layout, &disk, 0);
+        apply_write(&mut store, 1, 1, 0, 1, 1);
+        let info = ChunkInfo { chunk: 1, created: 1, applied: 9, sn: 1, corrected_sn: 0 };
+        assert!(store.install_begin(C, &info));
+        store.install_end(C, &info, 1);
+        round(&mut store, &mut disk, &[(C, 1)]);
+        let mut store = start(&layout, &disk, 1);
+        apply_write(&mut store, 5, 1, K, 5, 1);
+        assert!(store.is_mixed(C, 1, 8) && !store.is_mixed(C, 1, 9));
+        round(&mut store, &mut disk, &[(C, 5)]);
+        let mut store = start(&layout, &disk, 5);
+        if last == 20 {
+            apply_write(&mut store, 9, 1, 0, 9, 1);
+            assert!(!store.is_mixed(C, 1, 0));
+        }
+        assert_eq!(store.ends_at(C, last, 1), doubt);
+        disk = Disk::default();
+    }
+}
+
+#[test]
 fn another_replica_s_chunk_ends_the_doubt() {
     let (layout, mut disk) = (small(4), Disk::default());
     let mut store = start(&layout, &disk, 0);
@@ -115,7 +197,7 @@ fn another_replica_s_chunk_ends_the_doubt() {
     let theirs = ChunkInfo { chunk: 1, created: 1, applied: 3, sn: 1, corrected_sn: 0 };
     let ours = store.chunk_info(C, 1).unwrap();
     assert!(store.lacks(C, &theirs) && store.lacks(C, &ours), "whatever it says of itself");
-    assert!(store.install_begin(C, 1, 1));
+    assert!(store.install_begin(C, &theirs));
     for stamp in 1..=3 {
         let (data, crcs) = payload(stamp, 1);
         store.install_data(C, 1, 4, stamp as u32 * K, (data, &crcs[..]), 1);

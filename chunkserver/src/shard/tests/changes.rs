@@ -42,7 +42,7 @@ fn members(c: &mut Cluster, node: usize, op: MemberOp) -> Reply {
 }
 
 /// More than the log keeps, over all chunks.
-fn fill(c: &mut Cluster, chunks: u64, bytes: u64, stamp: &mut u64) {
+pub(super) fn fill(c: &mut Cluster, chunks: u64, bytes: u64, stamp: &mut u64) {
     let blocks = c.nodes[0].blocks();
     for n in 0..bytes / BLOCK as u64 {
         *stamp += 1;
@@ -55,7 +55,7 @@ fn applied(c: &mut Cluster, node: usize) -> u64 {
     c.nodes[node].shard().groups[&ID].applied
 }
 
-fn first_index(c: &mut Cluster, node: usize) -> u64 {
+pub(super) fn first_index(c: &mut Cluster, node: usize) -> u64 {
     c.nodes[node].shard().groups[&ID].raft.first_index()
 }
 

@@ -4,6 +4,7 @@
 mod changes;
 mod cluster;
 mod crash;
+mod forced;
 mod hostile;
 mod limited;
 mod mend;

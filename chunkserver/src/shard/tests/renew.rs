@@ -1,4 +1,4 @@
-//! An operator's word: voters forced on the replica that is left, replicas taken out of the trash; with crashes around it.
+//! An operator's word: the replica that is left is the only voter, replicas taken out of the trash; with crashes around it.
 
 use super::changes::{self, cluster};
 use super::cluster::{Cluster, peer};
@@ -10,11 +10,11 @@ use raftlog::{BLOCK, CopysetId};
 
 const ID: CopysetId = changes::ID;
 
-fn admin(op: AdminOp) -> RequestOp {
+pub(super) fn admin(op: AdminOp) -> RequestOp {
     RequestOp::Admin(op)
 }
 
-fn reset(nodes: &[usize]) -> RequestOp {
+pub(super) fn reset(nodes: &[usize]) -> RequestOp {
     admin(AdminOp::Members(MemberOp::Reset(nodes.iter().map(|&n| peer(n)).collect())))
 }
 
@@ -22,12 +22,12 @@ fn voters(c: &mut Cluster, node: usize, id: CopysetId) -> Vec<u64> {
     c.status(node, id).expect("it is there").peers
 }
 
-fn write(c: &mut Cluster, node: usize, id: CopysetId, chunk: u64, first: u32, stamp: u64) -> Outcome {
+pub(super) fn write(c: &mut Cluster, node: usize, id: CopysetId, chunk: u64, first: u32, stamp: u64) -> Outcome {
     let slot = c.nodes[node].write(id, chunk, first, 1, stamp).expect("a buffer");
     c.answer(node, slot).outcome
 }
 
-fn read(c: &mut Cluster, node: usize, id: CopysetId, chunk: u64, blocks: u32) -> Reply {
+pub(super) fn read(c: &mut Cluster, node: usize, id: CopysetId, chunk: u64, blocks: u32) -> Reply {
     let op = ChunkOp::Read { offset: 0, len: blocks * BLOCK as u32 };
     c.ask(node, id, RequestOp::Chunk { chunk, op })
 }
@@ -42,7 +42,7 @@ fn holds(c: &mut Cluster, node: usize) {
 }
 
 /// Three voters of which two are gone; all that was answered is on the third, which may not know that it is committed.
-fn last_of_three(seed: u64) -> (Cluster, usize) {
+pub(super) fn last_of_three(seed: u64) -> (Cluster, usize) {
     let mut c = cluster(3, &[0, 1, 2], &Setup::default(), seed);
     let leader = c.wait_leader(ID);
     let (survivor, other) = ((leader + 1) % 3, (leader + 2) % 3);
@@ -63,7 +63,9 @@ fn the_last_of_three_leads_alone_and_others_join_it() {
         c.until("it does not lead", |c| c.leader(ID).is_none());
         let before = c.status(node, ID).unwrap();
         assert_eq!(c.ask(node, ID, reset(&[])).outcome, Outcome::Invalid);
-        assert_eq!(c.ask(node, ID, reset(&[0, 1, 2])).outcome, Outcome::Success, "so it is already");
+        for others in [vec![0, 1, 2], vec![(node + 1) % 3], vec![node, (node + 1) % 3]] {
+            assert_eq!(c.ask(node, ID, reset(&others)).outcome, Outcome::Invalid, "itself, or nobody");
+        }
         assert_eq!(c.status(node, ID).unwrap().term, before.term);
         let unknown = CopysetId::new(1, 99);
         assert_eq!(c.ask(node, unknown, reset(&[node])).outcome, Outcome::NoCopyset);
