@@ -13,9 +13,11 @@ use slab::Slab;
 pub(super) struct Members {
     /// Changes under way.
     changes: Slab<(CopysetId, Origin)>,
-    /// Checkpoints wanted: who asked (`None`: nobody outside), and the applied index each copyset had then.
-    wanted: Vec<(Option<Origin>, Vec<(CopysetId, u64)>)>,
+    wanted: Vec<Wanted>,
 }
+
+/// Checkpoints wanted: who asked (`None`: nobody outside), and the applied index each copyset had then.
+type Wanted = (Option<Origin>, Vec<(CopysetId, u64)>);
 
 impl Members {
     /// Everybody who waits, for one copyset or all.
