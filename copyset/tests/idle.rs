@@ -5,10 +5,11 @@
 mod common;
 
 use common::Node;
+use common::trio::Trio;
 use copyset::raft::eraftpb::{Message, MessageType};
 use copyset::{Config, Role};
 use raftlog::CopysetId;
-use std::collections::{BTreeMap, HashMap};
+use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
 const GROUPS: usize = 30;
@@ -53,79 +54,37 @@ fn a_thousand_idle_copysets() {
     );
 }
 
-/// Three replicas, and messages that arrive at once unless one of the two is cut off.
-struct Group {
-    nodes: [Node; 3],
-    cut: Vec<u64>,
-    sent: HashMap<MessageType, u64>,
+/// Idle after 2 T.
+fn group(seed: u64) -> Trio {
+    Trio::new(seed, |config| Config { idle_after_ns: 2 * config.election_timeout_ns, ..config })
 }
 
-impl Group {
-    fn new(seed: u64) -> Self {
-        let config = |peer| Config::new(CopysetId::new(1, 7), peer, seed);
-        let config = |peer| Config { idle_after_ns: 2 * config(peer).election_timeout_ns, ..config(peer) };
-        let node = |peer| Node::new(config(peer), &[1, 2, 3], seed);
-        Self { nodes: [1, 2, 3].map(node), cut: Vec::new(), sent: HashMap::new() }
-    }
+fn all_idle(group: &Trio) -> bool {
+    group.nodes.iter().all(|n| n.copyset.is_idle())
+}
 
-    fn exchange(&mut self) {
-        loop {
-            let mut mail: Vec<Message> = Vec::new();
-            for node in &mut self.nodes {
-                node.settle();
-                mail.append(&mut node.outgoing);
-            }
-            if mail.is_empty() {
-                return;
-            }
-            for message in mail.into_iter().filter(|m| !self.cut.contains(&m.from) && !self.cut.contains(&m.to)) {
-                *self.sent.entry(message.get_msg_type()).or_default() += 1;
-                let _ = self.nodes[message.to as usize - 1].step(message);
-            }
-        }
-    }
-
-    /// So many times T pass.
-    fn pass(&mut self, timeouts: u64) {
-        self.sent.clear();
-        let config = &self.nodes[0].config;
-        for _ in 0..timeouts * config.election_timeout_ns / config.tick_ns() {
-            self.nodes.iter_mut().for_each(Node::tick);
-            self.exchange();
-        }
-    }
-
-    fn leader(&self) -> usize {
-        let leads = |n: &Node| n.copyset.role() == Role::Leader && !self.cut.contains(&n.copyset.peer());
-        self.nodes.iter().position(leads).expect("a leader")
-    }
-
-    fn all_idle(&self) -> bool {
-        self.nodes.iter().all(|n| n.copyset.is_idle())
-    }
-
-    fn fell_asleep(seed: u64) -> Self {
-        let mut group = Self::new(seed);
-        group.pass(10);
-        assert!(group.all_idle());
-        group
-    }
+fn asleep(seed: u64) -> Trio {
+    let mut group = group(seed);
+    group.pass(10);
+    assert!(all_idle(&group));
+    group
 }
 
 #[test]
 fn unused_copysets_beat_rarely_and_stay_led() {
-    let mut group = Group::fell_asleep(1);
+    let mut group = asleep(1);
     let (leader, term) = (group.leader(), group.nodes[0].copyset.term());
     group.pass(200);
-    assert!(group.all_idle() && group.leader() == leader && group.nodes[0].copyset.term() == term);
-    let beats = group.sent[&MessageType::MsgHeartbeat];
+    assert!(all_idle(&group) && group.leader() == leader && group.nodes[0].copyset.term() == term);
+    let count = |kind| group.sent.iter().filter(|sent| **sent == kind).count();
+    let (beats, answers) = (count(MessageType::MsgHeartbeat), count(MessageType::MsgHeartbeatResponse));
     assert!((2 * 120..=2 * 130).contains(&beats), "{beats} beats to two followers; 2 * 1000 if they were in use");
-    assert_eq!(group.sent.len(), 2, "beats and answers, nothing else: {:?}", group.sent);
+    assert_eq!(group.sent.len(), beats + answers, "beats and answers, nothing else");
 }
 
 #[test]
 fn one_follower_that_does_not_slow_down_keeps_all_awake() {
-    let mut group = Group::new(2);
+    let mut group = group(2);
     group.pass(2);
     let leader = group.leader();
     let away = (leader + 1) % 3;
@@ -134,12 +93,12 @@ fn one_follower_that_does_not_slow_down_keeps_all_awake() {
     assert!(!group.nodes[leader].copyset.is_idle());
     group.cut.clear();
     group.pass(10);
-    assert!(group.all_idle());
+    assert!(all_idle(&group));
 }
 
 #[test]
 fn use_ends_it() {
-    let mut group = Group::fell_asleep(3);
+    let mut group = asleep(3);
     let leader = group.leader();
     assert!(!group.nodes[leader].may_read(), "no lease between two rare beats");
     let now = group.nodes[leader].now;
@@ -149,9 +108,9 @@ fn use_ends_it() {
     assert_eq!(group.nodes[leader].reads.get(&77), Some(&true), "answered without waiting for a beat");
     assert!(group.nodes[leader].may_read() && !group.nodes.iter().any(|n| n.copyset.is_idle()));
     group.pass(1);
-    assert!(group.nodes[leader].may_read() && !group.all_idle(), "for a while");
+    assert!(group.nodes[leader].may_read() && !all_idle(&group), "for a while");
     group.pass(10);
-    assert!(group.all_idle());
+    assert!(all_idle(&group));
     group.nodes[leader].propose(5, 1).unwrap();
     group.exchange();
     assert!(group.nodes.iter().all(|n| !n.copyset.is_idle() && n.answered.len() + n.applied.len() > 0));
@@ -159,7 +118,7 @@ fn use_ends_it() {
 
 #[test]
 fn a_client_at_a_follower_wakes_the_leader_if_there_is_one() {
-    let mut group = Group::fell_asleep(4);
+    let mut group = asleep(4);
     let (leader, term) = (group.leader(), group.nodes[0].copyset.term());
     let asked = (leader + 1) % 3;
     let now = group.nodes[asked].now;
@@ -170,7 +129,7 @@ fn a_client_at_a_follower_wakes_the_leader_if_there_is_one() {
     assert_eq!((group.leader(), group.nodes[asked].copyset.term()), (leader, term), "nobody is deposed");
 
     group.pass(10);
-    assert!(group.all_idle());
+    assert!(all_idle(&group));
     group.cut = vec![leader as u64 + 1];
     let now = group.nodes[asked].now;
     group.nodes[asked].copyset.wanted(now);
@@ -181,7 +140,7 @@ fn a_client_at_a_follower_wakes_the_leader_if_there_is_one() {
 #[test]
 fn a_leader_that_dies_unnoticed_is_replaced_later_and_one_whose_connection_breaks_at_once() {
     for (noticed, within) in [(true, 3), (false, 8 * 3)] {
-        let mut group = Group::fell_asleep(5);
+        let mut group = asleep(5);
         let leader = group.leader();
         group.cut = vec![leader as u64 + 1];
         if noticed {
@@ -194,7 +153,7 @@ fn a_leader_that_dies_unnoticed_is_replaced_later_and_one_whose_connection_break
 
 #[test]
 fn a_broken_connection_deposes_nobody() {
-    let mut group = Group::fell_asleep(6);
+    let mut group = asleep(6);
     let (leader, term) = (group.leader(), group.nodes[0].copyset.term());
     for other in (0..3).filter(|at| *at != leader) {
         // Only one side notices.

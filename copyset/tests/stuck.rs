@@ -4,59 +4,12 @@
 
 mod common;
 
-use common::{ID, Node};
-use copyset::raft::eraftpb::{Message, MessageType};
-use copyset::{Config, Role};
-
-struct Group {
-    nodes: Vec<Node>,
-    /// Entries of this one are not taken by the others.
-    refused: u64,
-}
-
-impl Group {
-    fn new(seed: u64) -> Self {
-        let node = |peer| Node::new(Config::new(ID, peer, seed), &[1, 2, 3], seed);
-        Self { nodes: [1, 2, 3].map(node).into(), refused: 0 }
-    }
-
-    fn exchange(&mut self) {
-        loop {
-            let mut mail: Vec<Message> = Vec::new();
-            for node in &mut self.nodes {
-                node.settle();
-                mail.append(&mut node.outgoing);
-            }
-            if mail.is_empty() {
-                return;
-            }
-            for message in mail {
-                let entries = message.get_msg_type() == MessageType::MsgAppend && !message.get_entries().is_empty();
-                if !(entries && message.from == self.refused) {
-                    let _ = self.nodes[message.to as usize - 1].step(message);
-                }
-            }
-        }
-    }
-
-    /// So many T pass.
-    fn pass(&mut self, timeouts: u64) {
-        let config = &self.nodes[0].config;
-        for _ in 0..timeouts * config.election_timeout_ns / config.tick_ns() {
-            self.nodes.iter_mut().for_each(Node::tick);
-            self.exchange();
-        }
-    }
-
-    fn leader(&self) -> usize {
-        self.nodes.iter().position(|n| n.copyset.role() == Role::Leader).expect("a leader")
-    }
-}
+use common::trio::Trio;
 
 #[test]
 fn a_leader_whose_entries_nobody_takes_lets_another_one_lead() {
     for seed in 0..5 {
-        let mut group = Group::new(seed);
+        let mut group = Trio::new(seed, |config| config);
         group.pass(4);
         let leader = group.leader();
         group.nodes[leader].propose(1, 1).unwrap();
@@ -73,7 +26,7 @@ fn a_leader_whose_entries_nobody_takes_lets_another_one_lead() {
         group.nodes[next].propose(3, 1).unwrap();
         group.exchange();
         assert_eq!(group.nodes[next].answered.get(&3), Some(&None), "seed {seed}: what makes room is committed");
-        let applied = |n: &Node| n.copyset.applied_index();
+        let applied = |n: &common::Node| n.copyset.applied_index();
         group.pass(1);
         assert!(group.nodes.iter().all(|n| applied(n) == applied(&group.nodes[next])), "seed {seed}");
     }
@@ -81,7 +34,7 @@ fn a_leader_whose_entries_nobody_takes_lets_another_one_lead() {
 
 #[test]
 fn a_leader_with_work_or_without_stays_as_it_was() {
-    let mut group = Group::new(9);
+    let mut group = Trio::new(9, |config| config);
     group.pass(4);
     let (leader, term) = (group.leader(), group.nodes[0].copyset.term());
     group.pass(40);

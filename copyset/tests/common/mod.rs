@@ -3,6 +3,7 @@
 #![allow(dead_code, unreachable_pub, clippy::unwrap_used)]
 
 pub mod net;
+pub mod trio;
 
 use bytes::Bytes;
 use copyset::raft::eraftpb::Message;
