@@ -83,6 +83,12 @@ impl Cluster {
         Some(replies.swap_remove(at))
     }
 
+    /// Until the logs are idle and say that all of them is durable: then a bad batch is rot, not a torn tail.
+    pub(super) fn seal(&mut self) {
+        let sealed = self.now.after_ms(3_000);
+        self.until("the logs are sealed", |c| c.now >= sealed);
+    }
+
     pub(super) fn status(&mut self, node: usize, id: CopysetId) -> Option<CopysetStatus> {
         let reply = self.ask(node, id, RequestOp::Admin(AdminOp::CopysetStatus));
         match reply.data {

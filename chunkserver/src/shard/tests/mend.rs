@@ -129,8 +129,7 @@ fn a_rotten_entry_of_a_chunk_that_was_deleted_since_leaves_no_doubt() {
         let node = (leader + 1) % 3;
         delete(&mut c, leader);
         written(&mut c);
-        let sealed = c.now.after_ms(3_000);
-        c.until("the logs are sealed", |c| c.now >= sealed);
+        c.seal();
         c.kill(node);
         c.nodes[node].rot(12, false);
         c.isolate(node);
@@ -234,8 +233,7 @@ fn a_suspect_stays_one_when_what_it_lost_is_out_of_sight() {
         c.until("it holds the entry", holds);
         c.isolate(node);
         assert_eq!(c.answer(leader, slot).outcome, Outcome::Success);
-        let sealed = c.now.after_ms(3_000);
-        c.until("the logs are sealed", |c| c.now >= sealed);
+        c.seal();
         assert!(c.nodes[node].shard().groups[&ID].raft.commit_index() < last);
         c.kill(node);
         c.nodes[node].rot(14, true);
@@ -278,9 +276,7 @@ fn a_log_that_lost_durable_records_catches_up() {
     for (seed, in_front) in (0..8).flat_map(|seed| [(seed, true), (seed, false)]) {
         let (mut c, leader) = three(seed);
         let node = (leader + 1) % 3;
-        // Idle logs say that all of them is durable: then a bad batch is rot, not a torn tail.
-        let sealed = c.now.after_ms(3_000);
-        c.until("the logs are sealed", |c| c.now >= sealed);
+        c.seal();
         c.kill(node);
         c.nodes[node].rot(12, in_front);
         c.start(node);

@@ -156,8 +156,7 @@ fn a_suspect_whose_voters_are_gone_serves_again() {
         assert_eq!(write(&mut c, lead, other, 0, 0, 1), Outcome::Success);
         let leader = mend::fill(&mut c);
         let node = (leader + 1) % 3;
-        let sealed = c.now.after_ms(3_000);
-        c.until("the logs are sealed", |c| c.now >= sealed);
+        c.seal();
         (0..3).for_each(|n| c.kill(n));
         c.nodes[node].rot(12, in_front);
         c.start(node);
@@ -185,19 +184,7 @@ fn a_suspect_whose_voters_are_gone_serves_again() {
     }
 }
 
-const KEPT: Setup = Setup {
-    size: 8 << 20,
-    chunk_size: 64 << 10,
-    segment: 128 << 10,
-    segments: 4,
-    payload_arena: 4 << 20,
-    work_arena: 2 << 20,
-    dirty_limit: 512 << 10,
-    flush_age_ms: 50,
-    trash_s: 3600,
-    election_ms: 1000,
-    peer: 7,
-};
+const KEPT: Setup = Setup { trash_s: 3600, ..Setup::SMALL };
 
 fn do_admin(world: &mut World, op: AdminOp) -> Outcome {
     let slot = world.ask(ID, admin(op));

@@ -103,21 +103,25 @@ pub(super) struct Setup {
     pub(super) peer: u64,
 }
 
+impl Setup {
+    pub(super) const SMALL: Self = Self {
+        size: 8 << 20,
+        chunk_size: 64 << 10,
+        segment: 128 << 10,
+        segments: 4,
+        payload_arena: 4 << 20,
+        work_arena: 2 << 20,
+        dirty_limit: 512 << 10,
+        flush_age_ms: 50,
+        trash_s: 0,
+        election_ms: 1000,
+        peer: PEER,
+    };
+}
+
 impl Default for Setup {
     fn default() -> Self {
-        Self {
-            size: 8 << 20,
-            chunk_size: 64 << 10,
-            segment: 128 << 10,
-            segments: 4,
-            payload_arena: 4 << 20,
-            work_arena: 2 << 20,
-            dirty_limit: 512 << 10,
-            flush_age_ms: 50,
-            trash_s: 0,
-            election_ms: 1000,
-            peer: PEER,
-        }
+        Self::SMALL
     }
 }
 
