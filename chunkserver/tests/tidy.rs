@@ -192,8 +192,9 @@ fn files_say_what_they_are_and_stay_small() {
 
 #[test]
 fn nothing_is_left_for_later() {
-    let marks = ["todo!", "unimplemented!", "dbg!", "#[ignore"];
-    let left = problems(|s| marks.iter().find(|mark| s.code.contains(**mark)).map(|mark| (*mark).into()));
+    let marks =
+        [["to", "do!"].concat(), ["unimpl", "emented!"].concat(), ["db", "g!"].concat(), ["#[ig", "nore"].concat()];
+    let left = problems(|s| marks.iter().find(|mark| s.code.contains(*mark)).cloned());
     complain("left for later", &left);
     let words = [["FIX", "ME"].concat(), ["X", "XX"].concat(), ["TO", "DO"].concat()];
     let mut left = Vec::new();

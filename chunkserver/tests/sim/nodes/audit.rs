@@ -1,8 +1,9 @@
 //! When it is calm: the voters of a copyset come to say the same of themselves, and to hold the same bytes.
 
+use super::asker::{Asker, Part};
 use super::{COPYSETS, Run, peer};
 use crate::client::{CHUNK, POOL};
-use crate::codec;
+use crate::codec::{self, Frame};
 use crate::run::Actor;
 use crate::world::{ActorEvent, World};
 use bytes::BytesMut;
@@ -41,63 +42,16 @@ impl Actor for Sleep {
     }
 }
 
-/// Node, copyset, chunk.
-type Part = (usize, u64, u64);
-
 /// Status and checksum.
 type Said = (u64, Vec<u8>);
 
-/// Asks for checksums of whole chunks, until each is answered.
-struct Hasher {
-    me: usize,
-    links: super::client::Links,
-    left: BTreeSet<Part>,
-    /// Status and checksum.
-    found: Rc<RefCell<BTreeMap<Part, Said>>>,
-}
-
-impl Hasher {
-    fn ask(&mut self, world: &mut World) {
-        for &(node, copyset, chunk) in &self.left {
-            let Some(conn) = self.links.ready(world, self.me, node) else { continue };
-            let mut body = BytesMut::new();
-            for (field, value) in (1..).zip([POOL, copyset, chunk, 0, CHUNK_BYTES]) {
-                codec::number(&mut body, field, value);
-            }
-            let id = (node as u64) << 56 | copyset << 32 | chunk;
-            world.send(self.me, conn, codec::request(CHUNK, "GetChunkHash", id, &body, &[]));
-        }
-        world.tell_at(world.now() + 2_000_000_000, self.me, ActorEvent::Timer(0));
+/// For the checksum of a whole chunk.
+fn hash_of((_, copyset, chunk): Part) -> BytesMut {
+    let mut body = BytesMut::new();
+    for (field, value) in (1..).zip([POOL, copyset, chunk, 0, CHUNK_BYTES]) {
+        codec::number(&mut body, field, value);
     }
-}
-
-impl Actor for Hasher {
-    fn event(&mut self, world: &mut World, event: ActorEvent) {
-        match event {
-            ActorEvent::Connected(conn) => {
-                self.links.connected(conn);
-                self.ask(world);
-            }
-            ActorEvent::Readable(conn) => {
-                for frame in self.links.receive(world, self.me, conn).expect("frames") {
-                    let id = frame.correlation;
-                    let part = ((id >> 56) as usize, id >> 32 & 0xff_ffff, id & 0xffff_ffff);
-                    let fields = codec::fields(&frame.body).unwrap_or_default();
-                    let Some(status) = codec::get_number(&fields, 1).filter(|_| frame.error == 0) else { continue };
-                    if self.left.remove(&part) {
-                        let hash = codec::get_bytes(&fields, 2).unwrap_or_default().to_vec();
-                        self.found.borrow_mut().insert(part, (status, hash));
-                    }
-                }
-            }
-            ActorEvent::Closed(conn) => drop(self.links.closed(world, self.me, conn)),
-            ActorEvent::Start | ActorEvent::Timer(_) if !self.done() => self.ask(world),
-            _ => {}
-        }
-    }
-    fn done(&self) -> bool {
-        self.left.is_empty()
-    }
+    body
 }
 
 impl Run {
@@ -215,7 +169,16 @@ impl Run {
     /// Have these answered.
     fn hash(&mut self, parts: &BTreeSet<Part>, found: &Rc<RefCell<BTreeMap<Part, Said>>>) -> bool {
         let (me, links) = (self.sim.actors.len(), super::client::Links::new(self.nodes));
-        self.sim.add_actor(Box::new(Hasher { me, links, left: parts.clone(), found: Rc::clone(found) }));
+        let found = Rc::clone(found);
+        let answered = Box::new(move |part, frame: &Frame| {
+            let fields = codec::fields(&frame.body).unwrap_or_default();
+            let Some(status) = codec::get_number(&fields, 1) else { return false };
+            let hash = codec::get_bytes(&fields, 2).unwrap_or_default().to_vec();
+            found.borrow_mut().insert(part, (status, hash));
+            true
+        });
+        let (left, pause, call) = (parts.clone(), 2_000_000_000, (CHUNK, "GetChunkHash"));
+        self.sim.add_actor(Box::new(Asker { me, links, left, pause, call, body: hash_of, answered }));
         self.go(super::PATIENCE)
     }
 

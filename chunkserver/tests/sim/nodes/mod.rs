@@ -5,6 +5,7 @@
 //! cut of everything; no term has two leaders; once the faults are over everything is answered in bounded time; the
 //! voters of a copyset come to hold the same bytes.
 
+mod asker;
 mod audit;
 mod bury;
 mod client;
